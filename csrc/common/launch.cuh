@@ -1,0 +1,110 @@
+// Where a kernel runs: the words a kernel source uses for "device function", "shared array" and
+// "launch", once for nvcc and once for a plain C++ compiler, which then runs the kernel on the CPU
+// (tests/emulator). Instructions are in primitives.cuh, the rules for kernel sources there too.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#define DEVICE __device__ __forceinline__
+// A static shared array of `count` elements.
+#define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
+// Last parameter of a primitive; emulated, it records the line that called the primitive.
+#define CALL_SITE
+#else
+#include "cuda_emulator.h"
+
+#define DEVICE inline
+#define SHARED_ARRAY EMULATED_SHARED_ARRAY
+#define CALL_SITE , ::emulator::Site site = ::emulator::Site::here()
+#endif
+
+namespace hope {
+
+#ifdef __CUDACC__
+inline std::string kernel_name(const void* kernel) {
+    const char* mangled = nullptr;
+    if (cudaFuncGetName(&mangled, kernel) != cudaSuccess) return "kernel";
+    int status = 0;
+    const std::unique_ptr<char, void (*)(void*)> name(
+        abi::__cxa_demangle(mangled, nullptr, nullptr, &status), std::free);
+    return status == 0 ? name.get() : mangled;
+}
+#endif
+
+// Launches kernel(arguments...) and returns without waiting for it. Throws std::runtime_error with
+// the kernel's name and CUDA's message; an error of an earlier, asynchronous kernel may surface
+// here.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            [[maybe_unused]] cudaStream_t stream, Arguments... arguments) {
+#ifdef __CUDACC__
+    const void* function = reinterpret_cast<const void*>(kernel);
+    const auto check = [function](cudaError_t error) {
+        if (error == cudaSuccess) return;
+        cudaGetLastError();  // reported here, so nobody else has to find it
+        throw std::runtime_error("launch of " + kernel_name(function) + ": " +
+                                 cudaGetErrorString(error));
+    };
+    constexpr size_t kWithoutOptIn = 48 << 10;
+    if (shared_bytes > kWithoutOptIn)
+        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_bytes)));
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+#else
+    ::emulator::launch(kernel, grid, block, shared_bytes, arguments...);
+#endif
+}
+
+// The block's dynamic shared memory, aligned to 1024 bytes.
+DEVICE char* dynamic_shared() {
+#ifdef __CUDACC__
+    extern __shared__ __align__(1024) char dynamic_shared_memory[];
+    return dynamic_shared_memory;
+#else
+    return static_cast<char*>(::emulator::dynamic_shared());
+#endif
+}
+
+// Hands out dynamic shared memory piece by piece. A kernel's layout is one class that takes its
+// pieces from a carver: the device gives dynamic_shared() as base and gets pointers, the host gives
+// nullptr and asks used(), the bytes to launch with. Builds with AddressSanitizer leave a red zone
+// after each piece.
+class SharedCarver {
+ public:
+    __host__ __device__ explicit SharedCarver(char* base) : base_(base) {}
+
+    template <class T>
+    __host__ __device__ T* take(size_t count, size_t alignment = 16) {
+        used_ = (used_ + alignment - 1) / alignment * alignment;
+        T* piece = reinterpret_cast<T*>(base_ + used_);
+        used_ += count * sizeof(T);
+#ifdef EMULATOR_ADDRESS
+        if (base_) ::emulator::protect(base_ + used_, ::emulator::kRedZone);
+        used_ += ::emulator::kRedZone;
+#endif
+        return piece;
+    }
+
+    __host__ __device__ size_t used() const { return used_; }
+
+ private:
+    char* base_;
+    size_t used_ = 0;
+};
+
+}  // namespace hope

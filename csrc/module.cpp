@@ -1,0 +1,72 @@
+// The table of contents of the native code: the schema of every operator, and the Python module
+// `_C`, which holds the facts of the build and nothing else. Importing it registers the operators
+// as torch.ops.hope.*.
+
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "build_facts.h"
+
+#ifdef HOPE_WITH_CUDA
+#include <pybind11/stl.h>
+
+#include "selftest/selftest.h"
+#endif
+
+namespace py = pybind11;
+
+TORCH_LIBRARY(hope, m) {
+    // The Titans memory (SPEC section 1), linear. States are [N, H, K, V]; absent ones are returned
+    // with 0 elements.
+    m.def(
+        "titans_linear(Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? momentum, Tensor? decay, "
+        "Tensor weights, "
+        "Tensor? momenta, Tensor? anchor, Tensor? position, Tensor? cu_seqlens, int chunk_size, "
+        "str objective, str read, "
+        "int checkpoint_every) -> (Tensor o, Tensor weights, Tensor momenta, Tensor anchor, Tensor "
+        "checkpoints)");
+    m.def(
+        "titans_linear_backward(Tensor? d_o, Tensor? d_weights, Tensor? d_momenta, Tensor? "
+        "d_anchor, Tensor q, Tensor k, "
+        "Tensor v, Tensor lr, Tensor? momentum, Tensor? decay, Tensor weights, Tensor? momenta, "
+        "Tensor? anchor, "
+        "Tensor? position, Tensor? cu_seqlens, Tensor checkpoints, int chunk_size, str objective, "
+        "str read, "
+        "int checkpoint_every) -> (Tensor q, Tensor k, Tensor v, Tensor lr, Tensor momentum, "
+        "Tensor decay, "
+        "Tensor weights, Tensor momenta, Tensor anchor)");
+}
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang++ " __clang_version__;
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
+#endif
+
+py::dict build_facts() {
+    py::dict facts;
+    facts["version"] = HOPE_BUILD_VERSION;
+    facts["torch"] = HOPE_BUILD_TORCH;
+    facts["cuda"] = HOPE_BUILD_CUDA;
+    facts["architectures"] = HOPE_BUILD_ARCHITECTURES;
+    facts["compiler"] = kCompiler;
+    facts["revision"] = HOPE_BUILD_REVISION;
+    facts["cxx_flags"] = HOPE_BUILD_CXX_FLAGS;
+    facts["nvcc_flags"] = HOPE_BUILD_NVCC_FLAGS;
+    return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "The native half of hope_ext: registers its operators, and knows how it was built.";
+    m.def("build_facts", &build_facts,
+          "What this extension was built from, and with; absent facts are empty strings.");
+#ifdef HOPE_WITH_CUDA
+    m.def("run_selftests", &hope::run_selftests,
+          "Run the CUDA primitives' self-tests on the current GPU: (name, \"\" or what went wrong) "
+          "of each.");
+#endif
+}

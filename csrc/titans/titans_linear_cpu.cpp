@@ -1,0 +1,49 @@
+// The linear Titans memory on the CPU: tasks (sequence, head) over threads, each in the machine's
+// best instruction set.
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/isa_cpu.h"
+#include "titans/titans.h"
+
+#define HOPE_EACH_ISA "titans/titans_linear_cpu.h"
+#include "common/each_isa_cpu.h"
+
+namespace hope {
+namespace {
+
+struct Variant {
+    void (*tasks)(const TitansLinearParams&, bool, int64_t, int64_t, void*);
+    int64_t (*scratch_bytes)(const TitansLinearParams&, bool);
+};
+
+template <class T>
+Variant variant() {
+#if defined(__x86_64__)
+    if (machine_isa() == Isa::avx512)
+        return {avx512::titans_linear_tasks<T>, avx512::titans_linear_scratch_bytes<T>};
+    if (machine_isa() == Isa::avx2)
+        return {avx2::titans_linear_tasks<T>, avx2::titans_linear_scratch_bytes<T>};
+#endif
+    return {baseline::titans_linear_tasks<T>, baseline::titans_linear_scratch_bytes<T>};
+}
+
+void run(const TitansLinearParams& params, bool backward) {
+    const Variant use = params.element == Element::float64 ? variant<double>() : variant<float>();
+    const size_t bytes = static_cast<size_t>(use.scratch_bytes(params, backward));
+    params.parallel_for(params.sequences * params.heads, [&](int64_t begin, int64_t end) {
+        constexpr std::align_val_t kAlignment{64};
+        const std::unique_ptr<void, void (*)(void*)> scratch(
+            ::operator new(bytes, kAlignment), [](void* p) { ::operator delete(p, kAlignment); });
+        std::memset(scratch.get(), 0, bytes);  // padding must not hold signalling garbage
+        use.tasks(params, backward, begin, end, scratch.get());
+    });
+}
+
+}  // namespace
+
+void titans_linear_fwd_cpu(const TitansLinearParams& params) { run(params, false); }
+void titans_linear_bwd_cpu(const TitansLinearParams& params) { run(params, true); }
+
+}  // namespace hope

@@ -1,0 +1,12 @@
+"""hope_ext: fused operators of memories that are trained while they are read.
+
+Functions on tensors, each with a C++ and CUDA implementation and a definition in plain PyTorch
+(`hope_ext.reference`). `HOPE_REFERENCE=1` in the environment runs everything on the definitions.
+"""
+
+from hope_ext._build import build_info, kernel_report
+from hope_ext._load import has_cuda_kernels
+from hope_ext.titans import TitansState, titans_memory
+
+__version__ = "0.1.0"
+__all__ = ["TitansState", "build_info", "has_cuda_kernels", "kernel_report", "titans_memory"]

@@ -1,0 +1,76 @@
+"""Argument checks shared by the operators: errors name the argument, what was expected, what came."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(
+    name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None = None
+) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}"
+        )
+    if device is not None and value.device != device:
+        raise ValueError(
+            f"{name}: expected a tensor on {device}, like q, got one on {value.device}"
+        )
+    return value
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], letters: str) -> None:
+    """`letters` names the dimensions, as in "B T H"."""
+    if len(value.shape) != len(expected) or any(
+        a != b for a, b in zip(value.shape, expected, strict=True)
+    ):
+        names = ", ".join(letters.split())
+        raise ValueError(
+            f"{name}: expected shape [{names}] = {list(expected)}, got {list(value.shape)}"
+        )
+
+
+def dimensions(name: str, value: Tensor, letters: str) -> None:
+    if value.dim() != len(letters.split()):
+        raise ValueError(
+            f"{name}: expected [{', '.join(letters.split())}], got shape {list(value.shape)}"
+        )
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> str:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def positive(name: str, value: object) -> int:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name}: expected a positive integer, got {value}")
+    return value
+
+
+def cu_seqlens(value: object, q: Tensor) -> int:
+    """Checks packed sequences' bounds (values only on the CPU); returns their number."""
+    bounds = tensor("cu_seqlens", value, (torch.int32,), q.device)
+    if bounds.dim() != 1 or bounds.numel() < 1:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1], got {list(bounds.shape)}")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: packed sequences need q with batch size 1, got {q.shape[0]}")
+    # A traced graph has no values to look at; there and on a GPU the kernels keep to [0, T].
+    if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
+        values, tokens = bounds.tolist(), q.shape[1]
+        ordered = all(a <= b for a, b in itertools.pairwise(values))
+        if values[0] != 0 or values[-1] != tokens or not ordered:
+            raise ValueError(
+                f"cu_seqlens: expected values that rise from 0 to T = {tokens}, got {values}"
+            )
+    return bounds.numel() - 1

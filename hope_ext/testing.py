@@ -1,0 +1,187 @@
+"""The cases that tests and benchmarks iterate: for every operator its inputs, odd shapes included,
+and its costs.
+
+A `Case` makes the keyword arguments of a public function. `backend` chooses what runs behind that
+function:
+
+    reference   the definition in plain PyTorch (hope_ext.reference), on whatever device and dtype
+    the inputs have
+    rounded     its chunked form, with the operands of every product rounded to a 16-bit dtype: what
+    a kernel of that
+                dtype may err by
+    cpu         the C++ kernels
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hope_ext
+from hope_ext import _load
+from hope_ext import titans as titans_module
+from hope_ext.reference import titans as titans_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one operator: `make(dtype, device)` gives the keyword arguments of `function`."""
+
+    stem: str
+    name: str
+    function: Callable[..., Any]
+    make: Callable[[torch.dtype, str], dict[str, Any]]
+    tiny: bool = False  # small enough for gradcheck
+
+    def __str__(self) -> str:
+        return f"{self.stem}-{self.name}"
+
+
+@contextlib.contextmanager
+def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Public functions run on this backend inside the block."""
+    with contextlib.ExitStack() as stack:
+        if name in ("reference", "rounded"):
+            stack.enter_context(_load.forced_reference())
+        if name == "rounded":
+            rounded = functools.partial(
+                titans_reference.titans_linear_chunked, product_dtype=product_dtype
+            )
+            original = titans_module.reference
+            stack.callback(setattr, titans_module, "reference", original)
+            titans_module.reference = type("rounded", (), {"titans_linear": staticmethod(rounded)})
+        yield
+
+
+# ---- the Titans memory --------------------------------------------------------------------------
+
+
+def titans_inputs(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    batch: int = 2,
+    tokens: int = 37,
+    heads: int = 2,
+    key: int = 16,
+    value: int = 16,
+    chunk_size: int = 16,
+    momentum: bool = True,
+    decay: bool = True,
+    objective: str = "l2",
+    read: str = "after",
+    bounds: list[int] | None = None,
+    positions: list[int] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Unit keys and queries, gates in the inner loop's stable range; drawn in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, to: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, to)
+
+    def uniform(high: float) -> Tensor:
+        draw = torch.rand((batch, tokens, heads), generator=generator, dtype=torch.float64)
+        return (high * draw).to(device, wide)
+
+    matrix = functools.partial(normal, to=wide, scale=key**-0.5)
+    arguments: dict[str, Any] = {
+        "q": F.normalize(normal(batch, tokens, heads, key, to=torch.float64), dim=-1).to(dtype),
+        "k": F.normalize(normal(batch, tokens, heads, key, to=torch.float64), dim=-1).to(dtype),
+        "v": normal(batch, tokens, heads, value),
+        "lr": uniform(2.0 / chunk_size**0.5),
+        "weights": (matrix(heads, key, value),),
+        "momentum": uniform(0.9) if momentum else None,
+        "decay": uniform(0.2) if decay else None,
+        "chunk_size": chunk_size,
+        "objective": objective,
+        "read": read,
+    }
+    sequences = batch
+    if bounds is not None:
+        arguments["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        sequences = len(bounds) - 1
+    if positions is not None:
+        draw = [(matrix(sequences, heads, key, value),) for _ in range(3)]
+        arguments["state"] = hope_ext.TitansState(
+            weights=draw[0],
+            momenta=draw[1] if momentum else None,
+            anchor=draw[2],
+            position=torch.tensor(positions, device=device),
+            chunk_size=chunk_size,
+        )
+    return arguments
+
+
+def titans_flops(
+    tokens: int, heads: int, key: int, value: int, chunk_size: int, *, backward: bool = False
+) -> int:
+    """Floating-point operations of the dual form with momentum, per the algebra in
+    docs/derivations.md.
+
+    For key = value = D: 10 D^2 + 4 C D per token and head forward, 22 D^2 + 10 C D more with the
+    backward; what an
+    implementation recomputes or skips (triangles) is not counted.
+    """
+    state, scores = key * value, chunk_size * (key + value)
+    forward = 10 * state + 2 * scores
+    return tokens * heads * (forward + (22 * state + 5 * scores if backward else 0))
+
+
+def _titans(name: str, *, tiny: bool = False, **options: Any) -> Case:
+    make = functools.partial(titans_inputs, **options)
+    return Case("titans", name, hope_ext.titans_memory, make, tiny)
+
+
+_TINY: dict[str, Any] = {"batch": 1, "tokens": 5, "heads": 2, "key": 3, "value": 2, "chunk_size": 3}
+
+CASES: tuple[Case, ...] = (
+    _titans("plain"),
+    *(
+        case
+        for objective in ("l2", "dot")
+        for read in ("after", "before", "chunk")
+        for case in (
+            _titans(f"{objective}-{read}", objective=objective, read=read),
+            _titans(f"{objective}-{read}-tiny", tiny=True, objective=objective, read=read, **_TINY),
+        )
+    ),
+    _titans("no-momentum", momentum=False),
+    _titans("no-decay", decay=False),
+    _titans("neither", momentum=False, decay=False),
+    _titans("neither-dot-before", momentum=False, decay=False, objective="dot", read="before"),
+    _titans("no-momentum-tiny", tiny=True, momentum=False, **_TINY),
+    _titans("neither-tiny", tiny=True, momentum=False, decay=False, read="before", **_TINY),
+    _titans("one-token", tokens=1),
+    _titans("no-token", tokens=0),
+    _titans("no-batch", batch=0),
+    _titans("whole-chunks", tokens=32),
+    _titans("one-past-a-chunk", tokens=33),
+    _titans("chunk-of-1", tokens=9, chunk_size=1),
+    _titans("chunk-of-32", tokens=70, chunk_size=32, key=32, value=32),
+    _titans("chunk-of-64", batch=1, tokens=200, chunk_size=64, key=64, value=64),
+    _titans("chunk-of-150", batch=1, tokens=333, chunk_size=150),
+    _titans("wide-values", key=16, value=32),
+    _titans("wide-keys", key=64, value=16),
+    _titans("odd-sizes", key=5, value=7, heads=3),
+    _titans("head-128", batch=1, heads=1, tokens=70, key=128, value=128, chunk_size=64),
+    _titans("carried", positions=[5, 16]),
+    _titans("carried-before", positions=[15, 33], read="before"),
+    _titans("carried-chunk", positions=[3, 31], read="chunk"),
+    _titans("carried-one-token", positions=[15, 3], tokens=1),
+    _titans("carried-no-token", positions=[16, 3], tokens=0),
+    _titans("carried-no-momentum", positions=[9, 2], momentum=False),
+    _titans("carried-tiny", tiny=True, positions=[2], **_TINY),
+    _titans("packed", batch=1, tokens=50, bounds=[0, 7, 7, 39, 40, 50]),
+    _titans("packed-carried", batch=1, tokens=50, bounds=[0, 7, 39, 50], positions=[3, 16, 31]),
+    _titans("packed-tiny", tiny=True, **_TINY, bounds=[0, 1, 5], positions=[2, 1]),
+    _titans("packed-nothing", batch=1, tokens=0, bounds=[0]),
+)  # fmt: skip
