@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: errors name the argument, what was expected, what came."""
+"""Argument checks shared by the operators: they name what was expected and what came."""
 
 import itertools
 from collections.abc import Sequence

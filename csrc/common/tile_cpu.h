@@ -34,6 +34,18 @@ HOPE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 HOPE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 HOPE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Hands out a thread's scratch memory; with a null base it only counts.
+template <class T>
+struct Carver {
+    T* base;
+    int64_t used = 0;
+    T* take(int64_t count) {
+        T* const piece = base ? base + used : nullptr;
+        used += round_up(count, Simd<T>::kLanes);
+        return piece;
+    }
+};
+
 // ---- products
 // ------------------------------------------------------------------------------------------------------
 // The left operand: any two strides, so that a transposed matrix costs nothing.
