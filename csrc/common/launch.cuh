@@ -51,9 +51,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
     const void* function = reinterpret_cast<const void*>(kernel);
     const auto check = [function](cudaError_t error) {
         if (error == cudaSuccess) return;
+        const std::string name = kernel_name(function);
         cudaGetLastError();  // reported here, so nobody else has to find it
-        throw std::runtime_error("launch of " + kernel_name(function) + ": " +
-                                 cudaGetErrorString(error));
+        throw std::runtime_error("launch of " + name + ": " + cudaGetErrorString(error));
     };
     constexpr size_t kWithoutOptIn = 48 << 10;
     if (shared_bytes > kWithoutOptIn)

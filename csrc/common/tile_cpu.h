@@ -5,9 +5,18 @@
 // past the matrix's own are padding, which may hold anything. Products run over the true depth, so
 // padding never reaches a result.
 
+template <int Bytes>
+struct IntegerOf {
+    using Type = int32_t;
+};
+template <>
+struct IntegerOf<8> {
+    using Type = int64_t;
+};
 template <class T>
 struct Simd {
     typedef T Vector __attribute__((vector_size(kVectorBytes)));
+    typedef typename IntegerOf<sizeof(T)>::Type Mask __attribute__((vector_size(kVectorBytes)));
     static constexpr int kLanes = kVectorBytes / sizeof(T);
 };
 template <class T>
@@ -46,8 +55,7 @@ struct Carver {
     }
 };
 
-// ---- products
-// ------------------------------------------------------------------------------------------------------
+// ---- products ----
 // The left operand: any two strides, so that a transposed matrix costs nothing.
 template <class T>
 struct Left {
@@ -159,25 +167,68 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, const T* 
     }
 }
 
-// to[columns x rows] = from[rows x columns]^T, in blocks that fit a few cache lines.
+// The lane numbers that swap the off-diagonal size x size quarters of 2 size x 2 size blocks.
+template <class T>
+struct QuarterSwaps {
+    static constexpr int kLanes = Simd<T>::kLanes;
+    typename IntegerOf<sizeof(T)>::Type upper[kLanes][kLanes], lower[kLanes][kLanes];  // [size]
+    constexpr QuarterSwaps() : upper(), lower() {
+        for (int size = 1; size < kLanes; size *= 2)
+            for (int j = 0; j < kLanes; j++) {
+                upper[size][j] = j & size ? kLanes + j - size : j;
+                lower[size][j] = j & size ? kLanes + j : j + size;
+            }
+    }
+};
+template <class T>
+constexpr QuarterSwaps<T> kQuarterSwaps;
+
+// One square block of kLanes rows, transposed in registers.
+template <class T>
+HOPE_INLINE void transpose_block(const T* from, int64_t ldfrom, T* to, int64_t ldto) {
+    constexpr int kLanes = Simd<T>::kLanes;
+#if __has_builtin(__builtin_shuffle)
+    Vector<T> rows[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) rows[i] = load(from + i * ldfrom);
+#pragma GCC unroll 4
+    for (int size = 1; size < kLanes; size *= 2) {
+        typename Simd<T>::Mask upper, lower;
+        __builtin_memcpy(&upper, kQuarterSwaps<T>.upper[size], sizeof upper);
+        __builtin_memcpy(&lower, kQuarterSwaps<T>.lower[size], sizeof lower);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++)
+            if (!(i & size)) {
+                const Vector<T> a = rows[i], b = rows[i + size];
+                rows[i] = __builtin_shuffle(a, b, upper);
+                rows[i + size] = __builtin_shuffle(a, b, lower);
+            }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) store(to + i * ldto, rows[i]);
+#else
+    for (int j = 0; j < kLanes; j++)
+        for (int i = 0; i < kLanes; i++) to[j * ldto + i] = from[i * ldfrom + j];
+#endif
+}
+
+// to[columns x rows] = from[rows x columns]^T.
 template <class T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t ldfrom, T* to, int64_t ldto) {
-    constexpr int64_t kBlock = 16;
-    for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
-        for (int64_t j0 = 0; j0 < columns; j0 += kBlock) {
-            const int64_t i1 = least(rows, i0 + kBlock), j1 = least(columns, j0 + kBlock);
-            if (i1 - i0 == kBlock)
-                for (int64_t j = j0; j < j1; j++)
-                    for (int64_t i = 0; i < kBlock; i++)
-                        to[j * ldto + i0 + i] = from[(i0 + i) * ldfrom + j];
-            else
-                for (int64_t j = j0; j < j1; j++)
-                    for (int64_t i = i0; i < i1; i++) to[j * ldto + i] = from[i * ldfrom + j];
+    constexpr int64_t kLanes = Simd<T>::kLanes;
+    for (int64_t i0 = 0; i0 < rows; i0 += kLanes)
+        for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
+            if (i0 + kLanes <= rows && j0 + kLanes <= columns) {
+                transpose_block(from + i0 * ldfrom + j0, ldfrom, to + j0 * ldto + i0, ldto);
+                continue;
+            }
+            for (int64_t j = j0; j < least(columns, j0 + kLanes); j++)
+                for (int64_t i = i0; i < least(rows, i0 + kLanes); i++)
+                    to[j * ldto + i] = from[i * ldfrom + j];
         }
 }
 
-// ---- rows
-// ----------------------------------------------------------------------------------------------------------
+// ---- rows ----
 // <a, b> over exactly n elements.
 template <class T>
 HOPE_INLINE T dot(int64_t n, const T* a, const T* b) {
@@ -190,8 +241,7 @@ HOPE_INLINE T dot(int64_t n, const T* a, const T* b) {
     return result;
 }
 
-// ---- conversion
-// ----------------------------------------------------------------------------------------------------
+// ---- conversion ----
 struct BFloat16 {
     uint16_t bits;
 };

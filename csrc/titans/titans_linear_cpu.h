@@ -300,10 +300,12 @@ struct TitansLinearTask {
                                          false);
             for (int64_t t = 0; t < n; t++) {
                 const int64_t row = read_row(t);
-                const T *const a = gate.weights_row(row), *const x = scores + t * lt;
-                T *const dx = d_scores + t * lt, *const ax = read_scores + t * lt;
+                const T* __restrict const a = gate.weights_row(row), * __restrict const x =
+                                                                         scores + t * lt;
+                T* __restrict const dx = d_scores + t * lt, * __restrict const ax =
+                                                                read_scores + t * lt;
                 if (row >= 0) {
-                    T* const d_a = gate.d_in_weights + row * lt;
+                    T* __restrict const d_a = gate.d_in_weights + row * lt;
                     for (int64_t s = 0; s <= t; s++) d_a[s] = -dx[s] * x[s];
                 }
                 for (int64_t s = 0; s <= t; s++) ax[s] = a[s] * x[s], dx[s] *= -a[s];
