@@ -1,0 +1,1 @@
+"""The CUDA emulator of the tests: the project's kernels, compiled for the CPU (see README.md)."""
