@@ -1,8 +1,7 @@
 """Loads the native extension, or says why it cannot be loaded and what mends it.
 
 `HOPE_REFERENCE=1` in the environment runs every operator on its definition in plain PyTorch; then
-the
-extension is neither needed nor loaded.
+the extension is neither needed nor loaded.
 """
 
 from __future__ import annotations
