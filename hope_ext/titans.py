@@ -123,7 +123,8 @@ def titans_memory(
     for about
     chunk_size * lr / (1 - momentum) < 2.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    # The meta device knows no autocast.
+    if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v, lr, momentum, decay, weights = _autocast(q, k, v, lr, momentum, decay, weights)
     sequences = _check_arguments(
         q,

@@ -1,0 +1,38 @@
+"""Language models whose memories learn while they read: layers, models, training, generation."""
+
+from hope.checkpoint import load_config, load_model
+from hope.config import AttentionConfig, ModelConfig, RunConfig, TitansConfig, TrainConfig
+from hope.data import Corpus, load_corpus
+from hope.errors import HopeError
+from hope.generate import decode, generate
+from hope.layers import Attention, CausalConv, SwiGLU, TitansMemory
+from hope.model import LanguageModel, ModelState, parameter_count
+from hope.presets import PRESETS, preset
+from hope.train import Trainer, TrainingDiverged, TrainResult
+
+__all__ = [
+    "PRESETS",
+    "Attention",
+    "AttentionConfig",
+    "CausalConv",
+    "Corpus",
+    "HopeError",
+    "LanguageModel",
+    "ModelConfig",
+    "ModelState",
+    "RunConfig",
+    "SwiGLU",
+    "TitansConfig",
+    "TitansMemory",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "TrainingDiverged",
+    "decode",
+    "generate",
+    "load_config",
+    "load_corpus",
+    "load_model",
+    "parameter_count",
+    "preset",
+]

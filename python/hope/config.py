@@ -1,0 +1,276 @@
+"""Typed, validated, immutable descriptions of a model and its training, and their JSON form.
+
+A mixer's config names its class: `MIXER_KINDS` maps the `"kind"` of the JSON form to the config
+class, and `hope.layers.MIXERS` maps the config class to the module. A new memory adds one entry to
+each.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from hope.errors import HopeError
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise HopeError(f"{name} must be {expected}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class TitansConfig:
+    """The Titans memory as a token mixer: one linear memory per head, rewritten while it reads.
+
+    The inner learning rate of a token is `lr_max * (1 - momentum) / chunk_size * sigmoid(.)`: a
+    chunk's gradients are all taken at its start and add up, so the inner loop is stable only while
+    `chunk_size * lr / (1 - momentum)` stays below 2 for keys of length 1.
+    """
+
+    kind: ClassVar[str] = "titans"
+
+    heads: int = 4
+    head_dim: int = 32
+    chunk_size: int = 32
+    conv_width: int = 4  # of the causal convolution on q, k and v; 1: none
+    lr_max: float = 1.5
+    momentum_max: float = 0.9  # 0: no momentum
+    # The decay gates start with half-lives spread over the heads between these numbers of tokens.
+    half_life_min: float = 32.0
+    half_life_max: float = 2048.0
+    objective: str = "l2"
+    read: str = "after"
+
+    def __post_init__(self) -> None:
+        _require(self.heads > 0, "heads", "at least 1", self.heads)
+        _require(self.head_dim > 0, "head_dim", "at least 1", self.head_dim)
+        _require(self.chunk_size > 0, "chunk_size", "at least 1", self.chunk_size)
+        _require(self.conv_width > 0, "conv_width", "at least 1", self.conv_width)
+        _require(
+            0 < self.lr_max <= 2, "lr_max", "in (0, 2], where the inner loop is stable", self.lr_max
+        )
+        _require(0 <= self.momentum_max <= 0.9, "momentum_max", "in [0, 0.9]", self.momentum_max)
+        _require(self.half_life_min > 0, "half_life_min", "above 0", self.half_life_min)
+        _require(
+            self.half_life_max >= self.half_life_min,
+            "half_life_max",
+            f"at least half_life_min ({self.half_life_min})",
+            self.half_life_max,
+        )
+        _require(self.objective in ("l2", "dot"), "objective", "'l2' or 'dot'", self.objective)
+        _require(
+            self.read in ("after", "before", "chunk"),
+            "read",
+            "'after', 'before' or 'chunk'",
+            self.read,
+        )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Causal softmax attention with rotary positions: what the memories are compared with."""
+
+    kind: ClassVar[str] = "attention"
+
+    heads: int = 4
+    head_dim: int = 32
+    conv_width: int = 1  # of the causal convolution on q, k and v; 1: none
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        _require(self.heads > 0, "heads", "at least 1", self.heads)
+        _require(
+            self.head_dim > 0 and self.head_dim % 2 == 0,
+            "head_dim",
+            "even and at least 2 (rotary positions turn pairs)",
+            self.head_dim,
+        )
+        _require(self.conv_width > 0, "conv_width", "at least 1", self.conv_width)
+        _require(self.rope_base > 1, "rope_base", "above 1", self.rope_base)
+
+
+MixerConfig = TitansConfig | AttentionConfig
+MIXER_KINDS: dict[str, type[MixerConfig]] = {c.kind: c for c in (TitansConfig, AttentionConfig)}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: `layers` blocks of a mixer and a SwiGLU MLP, with a tied embedding."""
+
+    mixer: MixerConfig = field(default_factory=TitansConfig)
+    vocab_size: int = 264  # 256 bytes, the document separator, and padding to a multiple of 8
+    dim: int = 128
+    layers: int = 4
+    mlp_ratio: float = 8 / 3  # the MLP's width is dim * mlp_ratio, rounded to a multiple of 8
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require(self.vocab_size > 1, "vocab_size", "at least 2", self.vocab_size)
+        _require(self.dim > 0, "dim", "at least 1", self.dim)
+        _require(self.layers > 0, "layers", "at least 1", self.layers)
+        _require(self.mlp_ratio > 0, "mlp_ratio", "above 0", self.mlp_ratio)
+        _require(self.norm_eps > 0, "norm_eps", "above 0", self.norm_eps)
+
+    @property
+    def mlp_dim(self) -> int:
+        return max(8, round(self.dim * self.mlp_ratio / 8) * 8)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Sizes are in tokens; `*_every` are in optimizer steps."""
+
+    tokens: int = 3_000_000
+    batch: int = 16
+    sequence: int = 256
+    lr: float = 4e-3
+    lr_final: float = 0.0  # the learning rate at the end, as a fraction of lr
+    schedule: str = "cosine"
+    warmup: float = 0.05  # fraction of the steps in which lr rises from 0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0
+    validate_every: int = 200
+    validation_tokens: int = 131_072
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    dtype: str = "float32"  # of the activations (autocast); weights and gates are float32
+    compile: bool = False  # through torch.compile
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("tokens", "batch", "sequence", "validate_every", "validation_tokens"),
+            *("checkpoint_every", "keep_checkpoints"),
+        ):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name))
+        for name in ("lr", "eps", "clip"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("beta1", "beta2", "warmup"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        _require(0 <= self.lr_final <= 1, "lr_final", "in [0, 1]", self.lr_final)
+        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        _require(
+            self.schedule in ("cosine", "linear"), "schedule", "'cosine' or 'linear'", self.schedule
+        )
+        _require(
+            self.dtype in ("float32", "bfloat16"), "dtype", "'float32' or 'bfloat16'", self.dtype
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.sequence
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the token budget pays for (at least one)."""
+        return max(1, self.tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run depends on; written into every checkpoint.
+
+    data: files, directories or glob patterns; empty: the source of Python's standard library.
+    """
+
+    preset: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: tuple[str, ...] = ()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The JSON form of a config: nested dicts; a mixer also carries its `kind`."""
+    result: dict[str, Any] = {"kind": config.kind} if hasattr(config, "kind") else {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        result[item.name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
+    """The inverse of `to_dict`: missing fields take defaults, wrong ones raise HopeError."""
+    if not isinstance(data, Mapping):
+        raise HopeError(f"{path or cls.__name__} must be an object with fields, not {data!r}")
+    hints = typing.get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values = {}
+    for name, value in data.items():
+        here = f"{path}.{name}" if path else name
+        if name not in names:
+            raise HopeError(f"unknown field {here}; there are: {', '.join(names)}")
+        values[name] = _parse(hints[name], value, here)
+    try:
+        return cls(**values)
+    except HopeError as error:
+        raise HopeError(f"{path}.{error}" if path else str(error)) from None
+
+
+def _parse(hint: Any, value: Any, path: str) -> Any:
+    if hint == MixerConfig:
+        return _parse_mixer(value, path)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path)  # type: ignore[type-var]
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise HopeError(f"{path} must be a list of strings, not {value!r}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 3e6 is a natural way to write a token budget
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise HopeError(f"{path} must be of type {hint.__name__}, not {value!r}")
+
+
+def _parse_mixer(value: Any, path: str) -> MixerConfig:
+    if isinstance(value, str):  # the kind alone: its defaults
+        value = {"kind": value}
+    if not isinstance(value, Mapping) or value.get("kind") not in MIXER_KINDS:
+        kind = value.get("kind") if isinstance(value, Mapping) else value
+        raise HopeError(f"{path}.kind must be one of {', '.join(MIXER_KINDS)}, not {kind!r}")
+    fields = {name: item for name, item in value.items() if name != "kind"}
+    return from_dict(MIXER_KINDS[value["kind"]], fields, path)
+
+
+def override(config: T, assignments: typing.Iterable[str]) -> T:
+    """A copy of `config` with assignments such as `"model.dim=192"` made, in order.
+
+    The value is JSON, or else a string. `model.mixer=attention` takes that mixer with its defaults.
+    """
+    data = to_dict(config)
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        *parents, name = path.strip().split(".")
+        if not separator or not name:
+            raise HopeError(f"an override looks like model.dim=192, not {assignment!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text.strip()
+        target = data
+        for depth, parent in enumerate(parents):
+            if not isinstance(target.get(parent), dict):
+                where = ".".join(parents[: depth + 1])
+                raise HopeError(f"{assignment!r}: there is no group of settings {where!r}")
+            target = target[parent]
+        if name not in target:
+            known = ", ".join(target)
+            raise HopeError(
+                f"{assignment!r}: there is no setting {path.strip()!r}; there are: {known}"
+            )
+        target[name] = value
+        # Parsed after every assignment: a later one may set a field of a mixer that this one chose.
+        config = from_dict(type(config), data)
+        data = to_dict(config)
+    return config

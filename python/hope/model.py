@@ -1,0 +1,119 @@
+"""The language model: embedding, blocks of a mixer and an MLP, tied head."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import register_dataclass
+
+from hope.config import ModelConfig
+from hope.layers import MIXERS, MixerState, SwiGLU
+
+
+@dataclass
+class ModelState:
+    """What a LanguageModel carries from one call to the next: the states of its layers."""
+
+    layers: tuple[MixerState, ...]
+
+    def detach(self) -> "ModelState":
+        """The same state cut from the autograd graph."""
+        return ModelState(tuple(layer.detach() for layer in self.layers))
+
+
+register_dataclass(ModelState)
+
+
+class Block(nn.Module):
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`; x [B, T, dim]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mixer = MIXERS[type(config.mixer)](config.dim, config.mixer)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.mlp_dim)
+
+    def forward(
+        self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, MixerState]:
+        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class LanguageModel(nn.Module):
+    """Next-token model over `config.vocab_size` tokens.
+
+    Weights are drawn from torch's global generator; on the meta device nothing is.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws all weights anew.
+
+        Linear layers keep the scale of their input (standard deviation 1 / sqrt(fan-in)); the two
+        of each block that write into the residual stream are divided by sqrt(2 * layers), so that
+        the stream's variance does not grow with depth. The embedding has standard deviation 1 /
+        sqrt(dim): as the head it gives logits of scale 1, and on the way in it is scaled back up
+        to 1 (see forward).
+        """
+        nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for block in self.blocks:
+            block.mixer.init_weights()
+            for writer in (block.mixer.out, block.mlp.down):
+                with torch.no_grad():
+                    writer.weight.mul_((2 * self.config.layers) ** -0.5)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        """Logits [B, T, vocab_size] in float32 for tokens [B, T] int64, T >= 1.
+
+        state: from an earlier call, to continue its text. cu_seqlens: int32 [N + 1], packed
+        documents (B = 1).
+        return_state: also returns the state after the last token. Raises ValueError on a wrong
+        shape or state.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+            got = f"{tuple(tokens.shape)} {tokens.dtype}"
+            raise ValueError(f"tokens must be [B, T] int64 with T >= 1, not {got}")
+        if cu_seqlens is not None and tokens.shape[0] != 1:
+            raise ValueError(f"cu_seqlens needs a batch of 1, not {tokens.shape[0]}")
+        if state is not None and len(state.layers) != len(self.blocks):
+            got = len(state.layers)
+            raise ValueError(f"state must hold {len(self.blocks)} layers, not {got}")
+        x = self.embedding(tokens) * self.config.dim**0.5
+        states = []
+        for index, block in enumerate(self.blocks):
+            x, layer = block(x, None if state is None else state.layers[index], cu_seqlens)
+            states.append(layer)
+        logits = F.linear(self.norm(x), self.embedding.weight).float()
+        return (logits, ModelState(tuple(states))) if return_state else logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar."""
+        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of trainable scalars (the tied embedding counted once), without allocating them."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,70 @@
+"""Named starting points for `hope train --preset`."""
+
+from dataclasses import replace
+
+from hope.config import AttentionConfig, ModelConfig, RunConfig, TitansConfig, TrainConfig
+from hope.errors import HopeError
+
+# A width-d block holds about 13 d^2 parameters: 5 d^2 in the mixer (q, k, v, gate, output), 8 d^2
+# in the MLP.
+_TINY = RunConfig(
+    preset="tiny",
+    model=ModelConfig(dim=128, layers=4, mixer=TitansConfig(heads=4, head_dim=32)),
+    train=TrainConfig(),
+)
+# No output gate and no memories: a wider MLP makes up for them, so that the models are of one size.
+_TINY_TRANSFORMER = replace(
+    _TINY,
+    preset="tiny-transformer",
+    model=replace(
+        _TINY.model,
+        mixer=AttentionConfig(heads=4, head_dim=32),
+        mlp_ratio=_TINY.model.mlp_ratio + 3 / 8,
+    ),
+)
+_TINY_CONV_ATTENTION = replace(
+    _TINY_TRANSFORMER,
+    preset="tiny-conv-attention",
+    model=replace(
+        _TINY_TRANSFORMER.model, mixer=AttentionConfig(heads=4, head_dim=32, conv_width=4)
+    ),
+)
+
+
+def _titans(name: str, dim: int, layers: int, lr: float, tokens: int, batch: int) -> RunConfig:
+    mixer = TitansConfig(heads=dim // 64, head_dim=64, chunk_size=64)
+    train = TrainConfig(
+        tokens=tokens,
+        batch=batch,
+        sequence=2048,
+        lr=lr,
+        lr_final=0.1,
+        warmup=0.02,
+        validate_every=1000,
+        validation_tokens=1_048_576,
+        checkpoint_every=1000,
+        dtype="bfloat16",
+    )
+    model = ModelConfig(dim=dim, layers=layers, mixer=mixer)
+    return RunConfig(preset=name, model=model, train=train)
+
+
+PRESETS: dict[str, RunConfig] = {
+    run.preset: run
+    for run in (
+        _TINY,
+        _TINY_TRANSFORMER,
+        _TINY_CONV_ATTENTION,
+        _titans("125m", dim=768, layers=16, lr=1.5e-3, tokens=2_500_000_000, batch=64),
+        _titans("340m", dim=1024, layers=25, lr=1e-3, tokens=7_000_000_000, batch=128),
+        _titans("760m", dim=1536, layers=25, lr=7e-4, tokens=15_000_000_000, batch=128),
+        _titans("1.3b", dim=2048, layers=24, lr=5e-4, tokens=30_000_000_000, batch=256),
+    )
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The preset called `name`; HopeError lists the known ones."""
+    if name not in PRESETS:
+        raise HopeError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]

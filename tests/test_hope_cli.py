@@ -1,0 +1,184 @@
+"""The command line, as a user calls it."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from hope.cli import main
+
+SMALL = [
+    *("--set", "model.dim=16", "--set", "model.layers=1", "--set", "model.mixer.head_dim=8"),
+    *(
+        "--set",
+        "train.batch=2",
+        "--set",
+        "train.sequence=32",
+        "--set",
+        "train.validation_tokens=64",
+    ),
+]
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A text file, in the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    return "text.txt"
+
+
+@pytest.fixture
+def train(text):
+    def run(*arguments):
+        return main(["train", "--data", text, "--steps", "3", *SMALL, *arguments])
+
+    return run
+
+
+def refused(capsys, arguments):
+    """The one line that a wrong call prints."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("hope: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_train_says_what_it_does_and_where_the_files_are(train, tmp_path, capsys):
+    assert train() == 0
+    out = capsys.readouterr().out
+    assert re.search(r"model  tiny: \d\.\d\d M parameters, on cpu", out)
+    assert "text.txt (1 file): " in out
+    assert "budget 3 steps of 64 bytes (192 in all)" in out
+    assert re.search(r"validation: \d+\.\d{4} bits per byte after 192 bytes", out)
+    assert "a sample:" in out
+    for path in ("metrics.jsonl", "loss.png", "sample.txt", "checkpoints/step-00000003"):
+        assert f"runs/tiny/{path}" in out
+        assert (tmp_path / "runs" / "tiny" / path).exists()
+
+
+def test_every_new_run_gets_a_directory_and_resume_finds_the_latest(train, tmp_path, capsys):
+    for _ in range(3):
+        assert train() == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2", "tiny-3"}
+    capsys.readouterr()
+    assert main(["train", "--resume"]) == 0
+    assert "out    runs/tiny-3, continued after step 3" in capsys.readouterr().out
+
+
+def test_a_named_directory_is_not_written_over(train, capsys):
+    assert train("--out", "mine") == 0
+    capsys.readouterr()
+    assert train("--out", "mine") == 2
+    assert "mine is not empty; continue that run with --resume" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_settings(train, capsys):
+    assert train("--out", "mine") == 0
+    capsys.readouterr()
+    resume = ["train", "--resume", "--out", "mine"]
+    assert "these differ: train.lr (" in refused(capsys, [*resume, "--set", "train.lr=0.5"])
+    assert "these differ: train.tokens (192 in the run" in refused(
+        capsys, [*resume, "--steps", "9"]
+    )
+    assert "a run of preset 'tiny', not '125m'" in refused(capsys, [*resume, "--preset", "125m"])
+    assert train("--out", "mine", "--resume") == 0  # the same settings once more
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "absent.txt"], "no such file or directory: absent.txt"),
+        (["train", "--data", "empty.txt"], "empty.txt is empty"),
+        (["train", "--data", "binary"], "binary is not UTF-8 text"),
+        (["train", "--data", "short.txt"], "too little text"),
+        (["train", "--set", "model.dims=3"], "there is no setting 'model.dims'"),
+        (["train", "--set", "train.lr=fast"], "train.lr must be of type float, not 'fast'"),
+        (["train", "--resume"], "no such run or checkpoint: runs/tiny"),
+        (["generate", "runs/absent"], "no such run or checkpoint: runs/absent"),
+        (["generate", "."], "there is no checkpoint in ."),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(text, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary").write_bytes(b"\0\1\2" * 999)
+    (tmp_path / "short.txt").write_text("short")
+    assert message in refused(capsys, arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--steps", "0"], "must be a whole number above 0, not '0'"),
+        (["train", "--tokens", "1.5"], "must be a whole number above 0, not '1.5'"),
+        (["train", "--tokens", "many"], "must be a whole number above 0, not 'many'"),
+        (["train", "--preset", "huge"], "invalid choice: 'huge'"),
+        (["train", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["train", "--steps", "1", "--tokens", "1"], "not allowed with argument"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_wrong_option_is_explained(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate_continues_a_prompt(train, capsys):
+    assert train() == 0
+    capsys.readouterr()
+    call = ["generate", "runs/tiny", "--prompt", "the q", "--length", "20", "--seed", "1"]
+    assert main(call) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the q")
+    assert len(first) > len("the q\n")
+    assert main(call) == 0
+    assert capsys.readouterr().out == first
+    assert "temperature must be at least 0" in refused(capsys, [*call, "--temperature", "-1"])
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("build", "version", "torch", "cpu", "threads", "CUDA kernels"):
+        assert word in out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: hope" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_ctrl_c_keeps_a_usable_checkpoint(train, text, tmp_path):
+    arguments = ["train", "--data", text, "--steps", "1000000", *SMALL, "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hope", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while "out    run" not in process.stdout.readline():
+            assert process.poll() is None
+        while not (tmp_path / "run" / "metrics.jsonl").exists():  # its handlers come with this file
+            assert process.poll() is None
+        while not (tmp_path / "run" / "metrics.jsonl").read_text():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT == 130
+    assert "stopping after this step, with a checkpoint" in err
+    assert "Traceback" not in err
+    assert "continue with: hope train --resume --out run" in out
+    assert main(["generate", "run", "--length", "3"]) == 0

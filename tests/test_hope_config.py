@@ -1,0 +1,107 @@
+"""Configs: validation, overrides, JSON, presets."""
+
+import json
+
+import pytest
+from hope import (
+    PRESETS,
+    AttentionConfig,
+    HopeError,
+    ModelConfig,
+    RunConfig,
+    TitansConfig,
+    TrainConfig,
+    parameter_count,
+    preset,
+)
+from hope.config import from_dict, override, to_dict
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    config = preset(name)
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_missing_fields_take_their_defaults():
+    assert from_dict(RunConfig, {"model": {"dim": 96}}).model == ModelConfig(dim=96)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"model": {"width": 3}}, "unknown field model.width; there are: mixer, vocab_size, dim"),
+        ({"model": {"dim": "wide"}}, "model.dim must be of type int, not 'wide'"),
+        ({"model": {"dim": True}}, "model.dim must be of type int, not True"),
+        ({"model": {"dim": 0}}, "model.dim must be at least 1, not 0"),
+        ({"model": {"mixer": {"heads": 2}}}, "model.mixer.kind must be one of titans, attention"),
+        ({"model": {"mixer": "mamba"}}, "must be one of titans, attention, not 'mamba'"),
+        (
+            {"model": {"mixer": {"kind": "titans", "lr_max": 3}}},
+            r"model.mixer.lr_max must be in \(0",
+        ),
+        ({"train": {"schedule": "flat"}}, "train.schedule must be 'cosine' or 'linear'"),
+        ({"train": 3}, "train must be an object with fields, not 3"),
+        ({"data": "text"}, "data must be a list of strings"),
+    ],
+)
+def test_wrong_fields_are_named(data, message):
+    with pytest.raises(HopeError, match=message):
+        from_dict(RunConfig, data)
+
+
+def test_overrides():
+    config = override(
+        RunConfig(),
+        ["model.dim=192", "train.lr=2e-3", "train.tokens=3e6", "model.mixer.read=chunk"],
+    )
+    assert (config.model.dim, config.train.lr, config.train.tokens) == (192, 2e-3, 3_000_000)
+    assert config.model.mixer == TitansConfig(read="chunk")
+
+
+def test_an_override_can_swap_the_mixer_and_then_set_its_fields():
+    config = override(RunConfig(), ["model.mixer=attention", "model.mixer.conv_width=4"])
+    assert config.model.mixer == AttentionConfig(conv_width=4)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("model.dim", "looks like model.dim=192"),
+        ("model.dimension=3", "no setting 'model.dimension'; there are: mixer, vocab_size, dim"),
+        ("mode.dim=3", "no group of settings 'mode'"),
+        ("model.dim=many", "model.dim must be of type int, not 'many'"),
+        ("train.lr=-1", "train.lr must be above 0"),
+    ],
+)
+def test_wrong_overrides_are_named(assignment, message):
+    with pytest.raises(HopeError, match=message):
+        override(RunConfig(), [assignment])
+
+
+def test_a_budget_is_a_whole_number_of_steps():
+    assert TrainConfig(tokens=3_000_000, batch=16, sequence=256).steps == 732
+    assert TrainConfig(tokens=1).steps == 1
+
+
+def test_the_tiny_presets_are_of_one_size():
+    tiny, *others = (
+        parameter_count(preset(name).model)
+        for name in ("tiny", "tiny-transformer", "tiny-conv-attention")
+    )
+    for other in others:
+        assert abs(other / tiny - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("125m", 125e6), ("340m", 340e6), ("760m", 760e6), ("1.3b", 1.3e9)]
+)
+def test_the_larger_presets_have_the_size_of_their_name(name, size):
+    assert abs(parameter_count(preset(name).model) / size - 1) < 0.03
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(
+        HopeError, match="unknown preset 'small'; there are: tiny, tiny-transformer"
+    ):
+        preset("small")

@@ -1,0 +1,323 @@
+"""The trainer: it learns, stops, resumes bitwise, and leaves usable files whenever it is killed."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hope import (
+    HopeError,
+    LanguageModel,
+    ModelConfig,
+    RunConfig,
+    TitansConfig,
+    TrainConfig,
+    Trainer,
+    TrainingDiverged,
+    load_config,
+    load_corpus,
+    load_model,
+)
+from hope.checkpoint import find_checkpoint
+from hope.files import atomic_directory, atomic_file
+from hope.train import bits_per_byte, learning_rate, make_optimizer
+from torch import nn
+
+MODEL = ModelConfig(mixer=TitansConfig(heads=2, head_dim=8, chunk_size=8), dim=16, layers=1)
+TRAIN = TrainConfig(
+    tokens=8 * 4 * 32,
+    batch=4,
+    sequence=32,
+    lr=1e-2,
+    validate_every=2,
+    validation_tokens=128,
+    checkpoint_every=2,
+)
+CONFIG = RunConfig(model=MODEL, train=TRAIN)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    return load_corpus([str(path)], window=32)
+
+
+def losses(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records):
+    times = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in record.items() if k not in times} for record in records]
+
+
+def interrupt(trainer, step, action):
+    """Lets `action` happen while the trainer is in `step`, counted from 1."""
+    next_batch = trainer.sampler.next_batch
+
+    def hooked():
+        if trainer.step == step - 1:
+            action()
+        return next_batch()
+
+    trainer.sampler.next_batch = hooked
+
+
+def test_the_loss_falls_and_every_file_is_there(tmp_path, corpus):
+    config = replace(CONFIG, train=replace(TRAIN, tokens=60 * 4 * 32))
+    trainer = Trainer(config, corpus, tmp_path / "run")
+    before = bits_per_byte(trainer.model, corpus.validation, config.train)
+    result = trainer.run(progress=False)
+    assert result.validation_bits_per_byte < 0.6 * before
+    assert (result.tokens, result.signal) == (60 * 4 * 32, None)
+    assert set(result.files) == {"metrics", "checkpoint", "loss curve", "sample"}
+    assert result.files["sample"].read_text() == result.sample != ""
+    assert result.files["loss curve"].read_bytes().startswith(b"\x89PNG")
+    records = losses(tmp_path / "run")
+    assert [r["step"] for r in records if "lr" in r] == list(range(1, 61))
+    assert [r["step"] for r in records if "validation_bits_per_byte" in r] == list(range(2, 61, 2))
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.train.keep_checkpoints
+    assert load_config(result.files["checkpoint"]) == config
+    model = load_model(tmp_path / "run")
+    assert bits_per_byte(model, corpus.validation, config.train) == result.validation_bits_per_byte
+
+
+def test_bits_per_byte_of_a_model_that_knows_nothing(corpus):
+    model = LanguageModel(MODEL)
+    nn.init.zeros_(model.embedding.weight)  # also the head: all logits are 0
+    value = bits_per_byte(model, corpus.validation, TRAIN)
+    assert value == pytest.approx(math.log2(MODEL.vocab_size), rel=1e-5)
+
+
+@pytest.fixture
+def uninterrupted(tmp_path, corpus):
+    trainer = Trainer(CONFIG, corpus, tmp_path / "whole")
+    trainer.run(progress=False)
+    return without_times(losses(tmp_path / "whole")), trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_stopped_run_resumes_bitwise(tmp_path, corpus, uninterrupted, number, step):
+    out = tmp_path / "stopped"
+    trainer = Trainer(CONFIG, corpus, out)
+    interrupt(trainer, step, lambda: signal.raise_signal(number))
+    result = trainer.run(progress=False)
+    assert (result.signal, trainer.step, result.sample) == (number, step, None)
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    resumed = Trainer(CONFIG, corpus, out, resume=True)
+    assert resumed.step == step
+    resumed.run(progress=False)
+    records, weights = uninterrupted
+    assert without_times(losses(out)) == records
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_crashed_run_resumes_bitwise_from_its_last_checkpoint(tmp_path, corpus, uninterrupted):
+    out = tmp_path / "crashed"
+    trainer = Trainer(CONFIG, corpus, out)
+
+    def crash():
+        raise MemoryError
+
+    interrupt(trainer, 6, crash)
+    with pytest.raises(MemoryError):
+        trainer.run(progress=False)
+    assert losses(out)[-1]["step"] == 5
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 6, "tok')  # as a kill in the middle of a write leaves it
+    resumed = Trainer(CONFIG, corpus, out, resume=True)
+    assert resumed.step == 4
+    resumed.run(progress=False)
+    assert without_times(losses(out)) == uninterrupted[0]
+
+
+def test_a_second_signal_stops_at_once(tmp_path, corpus):
+    trainer = Trainer(CONFIG, corpus, tmp_path / "run")
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    interrupt(trainer, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(progress=False)
+    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
+
+
+def test_a_finished_run_can_be_resumed_and_is_finished(tmp_path, corpus):
+    first = Trainer(CONFIG, corpus, tmp_path / "run").run(progress=False)
+    again = Trainer(CONFIG, corpus, tmp_path / "run", resume=True).run(progress=False)
+    assert again.validation_bits_per_byte == first.validation_bits_per_byte
+    assert again.sample == first.sample
+
+
+def test_divergence_is_reported_and_the_last_checkpoint_stays(tmp_path, corpus):
+    trainer = Trainer(CONFIG, corpus, tmp_path / "run")
+    interrupt(trainer, 4, lambda: trainer.model.norm.weight.data.fill_(math.nan))
+    message = "diverged at step 4 .*bits per byte nan.*checkpoint, of step 2, is from before"
+    with pytest.raises(TrainingDiverged, match=message):
+        trainer.run(progress=False)
+    model = load_model(tmp_path / "run")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_used_directory_is_refused(tmp_path, corpus):
+    (tmp_path / "run").mkdir()
+    Trainer(CONFIG, corpus, tmp_path / "run")  # an empty one is not
+    (tmp_path / "run" / "notes").touch()
+    with pytest.raises(HopeError, match="run is not empty; continue that run with --resume"):
+        Trainer(CONFIG, corpus, tmp_path / "run")
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path, corpus):
+    with pytest.raises(HopeError, match="no such run or checkpoint"):
+        Trainer(CONFIG, corpus, tmp_path / "absent", resume=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HopeError, match="no checkpoint in"):
+        Trainer(CONFIG, corpus, tmp_path / "empty", resume=True)
+    Trainer(CONFIG, corpus, tmp_path / "run").run(progress=False)
+    other = replace(corpus, train=corpus.train.flip(0))
+    with pytest.raises(HopeError, match="the data is not what the run"):
+        Trainer(CONFIG, other, tmp_path / "run", resume=True)
+
+    def resume(run):
+        return Trainer(load_config(find_checkpoint(run)), corpus, run, resume=True)
+
+    for name in ("trainer.pt", "model.safetensors", "config.json"):
+        path = find_checkpoint(tmp_path / "run") / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(HopeError, match=f"cannot read .*{name}"):
+            resume(tmp_path / "run")
+        path.write_bytes(whole)
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path, corpus):
+    config = replace(CONFIG, model=replace(MODEL, vocab_size=256))
+    with pytest.raises(HopeError, match="vocab_size must be at least 257 for bytes, not 256"):
+        Trainer(config, corpus, tmp_path / "run")
+
+
+def test_the_learning_rate_warms_up_and_goes_down():
+    config = TrainConfig(tokens=100, batch=1, sequence=1, lr=1.0, lr_final=0.1, warmup=0.1)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    linear = replace(config, schedule="linear")
+    assert learning_rate(linear, 55) == pytest.approx(0.55)
+    assert learning_rate(linear, 32) == pytest.approx(0.1 + 0.9 * 68 / 90)
+
+
+def test_weight_decay_is_for_matrices_of_linear_layers_and_embeddings():
+    model = LanguageModel(MODEL)
+    decayed, others = make_optimizer(model, TRAIN).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == TRAIN.weight_decay
+    assert others["weight_decay"] == 0
+    assert {names[p].split(".")[-1] for p in others["params"]} == {
+        "weight",
+        "bias",
+        "memory",
+        "norm",
+    }
+    assert "blocks.0.mixer.conv.weight" in {names[p] for p in others["params"]}
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail():
+        with atomic_file(path) as temporary:
+            temporary.write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with path.open() as reader:
+        with atomic_file(path) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old"  # the file itself is as it was: another took its name
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_directory_is_complete_or_absent(tmp_path):
+    def fail():
+        with atomic_directory(tmp_path / "a" / "whole") as temporary:
+            (temporary / "part").touch()
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert list((tmp_path / "a").iterdir()) == []
+    (tmp_path / "a" / ".partial-left").mkdir()  # by a process that was killed
+    with atomic_directory(tmp_path / "a" / "whole") as temporary:
+        (temporary / "part").write_text("x")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole"]
+    assert (tmp_path / "a" / "whole" / "part").read_text() == "x"
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02])
+def test_a_killed_process_leaves_a_usable_checkpoint(tmp_path, corpus, delay):
+    """SIGKILL while a process does nothing but train and write checkpoints."""
+    arguments = [
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--steps",
+        "100000",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    settings = {
+        "model.dim": 8,
+        "model.layers": 1,
+        "model.mixer.heads": 1,
+        "model.mixer.head_dim": 8,
+        "train.batch": 1,
+        "train.sequence": 16,
+        "train.checkpoint_every": 1,
+        "train.validate_every": 100000,
+    }
+    for name, value in settings.items():
+        arguments += ["--set", f"{name}={value}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hope", "train", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not list((tmp_path / "run").glob("checkpoints/step-*")):
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(delay)
+    finally:
+        process.kill()
+        process.wait()
+    checkpoint = find_checkpoint(tmp_path / "run")
+    assert load_model(checkpoint).config.dim == 8
+    config = load_config(checkpoint)
+    resumed = Trainer(config, load_corpus(config.data, 16), tmp_path / "run", resume=True)
+    assert checkpoint.name == f"step-{resumed.step:08d}"
