@@ -53,8 +53,8 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
 def positive(name: str, value: object) -> int:
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a positive integer, got {value!r}")
-    if value <= 0:
-        raise ValueError(f"{name}: expected a positive integer, got {value}")
+    if value <= 0 or value >= 2**31:  # kernels multiply it by token counts in 64 bits
+        raise ValueError(f"{name}: expected a positive integer below 2**31, got {value}")
     return value
 
 
