@@ -16,8 +16,8 @@
 namespace py = pybind11;
 
 TORCH_LIBRARY(hope, m) {
-    // The Titans memory (SPEC section 1), linear. States are [N, H, K, V]; absent ones are returned
-    // with 0 elements.
+    // The linear Titans memory (docs/ops/titans.md). States are [N, H, K, V]; absent ones are
+    // returned with 0 elements.
     m.def(
         "titans_linear(Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? momentum, Tensor? decay, "
         "Tensor weights, "

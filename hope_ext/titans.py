@@ -300,8 +300,9 @@ def _check_state(state, shape, accumulation, device, momentum, chunk_size) -> No
 def _chunks_per_checkpoint(q: Tensor, v: Tensor, chunk_size: int, has_momentum: bool) -> int:
     """Chunks between kept states, for the backward: as few as take no more memory than q, k, v."""
     key, value = q.shape[3], v.shape[3]
-    state = key * value * (2 if has_momentum else 1)
-    rows_of_chunk = chunk_size * (2 * key + value)
+    accumulation = 8 if q.dtype == torch.float64 else 4
+    state = key * value * (2 if has_momentum else 1) * accumulation
+    rows_of_chunk = chunk_size * (2 * key + value) * q.element_size()
     return max(1, -(-state // max(1, rows_of_chunk)))
 
 

@@ -148,6 +148,13 @@ def test_info(capsys):
         assert word in out
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m hope info | true; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in run.stderr
+    assert run.returncode in (0, 128 + signal.SIGPIPE)  # 0: all fitted into the pipe in time
+
+
 @pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit_:

@@ -268,9 +268,9 @@ def test_state_is_a_pytree():
 
 def test_memory_grows_with_inputs_only():
     """The training forward keeps less than q, k and v (and a few states) beside its inputs."""
-    for chunk_size in (1, 16, 64):
+    for chunk_size, dtype in itertools.product((1, 16, 64), (torch.float32, torch.bfloat16)):
         saved = []
-        a = make(torch.float32, batch=1, tokens=1024, key=64, value=64, chunk_size=chunk_size)
+        a = make(dtype, batch=1, tokens=1024, key=64, value=64, chunk_size=chunk_size)
         a["weights"][0].requires_grad_()
         own = {a[n].untyped_storage().data_ptr() for n in TOKENS}
         with torch.autograd.graph.saved_tensors_hooks(
@@ -411,6 +411,14 @@ def test_refuses_bad_bounds(bounds):
     bounds = torch.tensor(bounds, dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to T = 37"):
         hope_ext.titans_memory(**arguments, cu_seqlens=bounds)
+
+
+def test_refuses_bad_bounds_in_compiled_code():
+    torch._dynamo.reset()
+    compiled = torch.compile(hope_ext.titans_memory, fullgraph=True, backend="aot_eager")
+    bounds = torch.tensor([0, 20, 36], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to T = 37"):
+        compiled(**make(torch.float32, batch=1), cu_seqlens=bounds)
 
 
 def test_refuses_states_that_do_not_fit():

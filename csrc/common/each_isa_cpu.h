@@ -4,12 +4,13 @@
 //
 //     #define HOPE_EACH_ISA "titans/titans_linear_cpu.h"
 //     #include "common/each_isa_cpu.h"
-//     ...
-//     hope::on_this_machine([&](auto isa) { isa... })     see HOPE_DISPATCH below
+//
+// gives hope::avx512::f, hope::avx2::f and hope::baseline::f for every f of the header; isa_cpu.h
+// says which of them this machine runs.
 //
 // Everything the kernel header calls must be defined in it, in tile_cpu.h, or be a compiler
 // built-in: an inline function of the standard library instantiated here could be linked into code
-// that runs on a lesser machine.
+// that runs on a lesser machine. No lambdas: not every compiler gives them the instruction set.
 #include <cstddef>
 #include <cstdint>
 

@@ -35,6 +35,14 @@ struct Inputs {  // keeps the tensors that Params points into
     }
 };
 
+// Python looks at the values too, but not in traced code; tokens outside every sequence would be
+// left unwritten.
+void check_bounds(const int32_t* bounds, int64_t sequences, int64_t tokens) {
+    bool rises = bounds[0] == 0 && bounds[sequences] == tokens;
+    for (int64_t i = 0; i < sequences; i++) rises = rises && bounds[i] <= bounds[i + 1];
+    TORCH_CHECK_VALUE(rises, "cu_seqlens: expected values that rise from 0 to T = ", tokens);
+}
+
 Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
               const optional<Tensor>& momentum, const optional<Tensor>& decay,
               const Tensor& weights, const optional<Tensor>& momenta,
@@ -100,6 +108,7 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
         TORCH_CHECK_VALUE(sequences >= 0, "cu_seqlens: expected at least one element");
         in.cu_seqlens = check("cu_seqlens", cu_seqlens, {sequences + 1}, at::kInt).contiguous();
         p.cu_seqlens = in.cu_seqlens.const_data_ptr<int32_t>();
+        check_bounds(p.cu_seqlens, sequences, tokens);
     }
     p.parallel_for = parallel_for;
     return in;

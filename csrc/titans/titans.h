@@ -1,6 +1,6 @@
 // The Titans memory's contract between the host code (titans.cpp) and the kernels: plain structs,
-// no torch. SPEC section 1; the algebra is in docs/derivations.md. B batch, N sequences, T tokens,
-// H heads, K key dim, V value dim.
+// no torch. docs/ops/titans.md; the algebra is in docs/derivations.md. B batch, N sequences, T
+// tokens, H heads, K key dim, V value dim.
 #pragma once
 #include <cstdint>
 #include <functional>

@@ -23,7 +23,7 @@ def titans_linear(
     objective: str,
     read: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Token by token, as SPEC states it. Returns o [B, T, H, V] and the final weights, momenta,
+    """Token by token, as the operator is defined. Returns o [B, T, H, V] and the final weights, momenta,
     anchor.
 
     S_t = momentum_t S_{t-1} - lr_t grad_t          grad_t = k_t^T e_t,  e_t taken at the anchor

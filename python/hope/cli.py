@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 (it failed), 2 (wrong use) or 128 + n (stopped by signal n)."""
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
     except HopeError as error:
         print(f"hope: error: {error}", file=sys.stderr)
         return 2
@@ -37,13 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hope: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `hope info | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hope",
         description="Train and use language models with memories that learn while they read.",
-        epilog="Start with: hope train    (about 5 minutes on a laptop's CPU; downloads nothing)",
+        epilog="Start with: hope train    (minutes on a CPU; downloads nothing)",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
