@@ -23,8 +23,7 @@ def titans_linear(
     objective: str,
     read: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Token by token, as the operator is defined. Returns o [B, T, H, V] and the final weights, momenta,
-    anchor.
+    """Token by token. Returns o [B, T, H, V] and the final weights, momenta and anchor.
 
     S_t = momentum_t S_{t-1} - lr_t grad_t          grad_t = k_t^T e_t,  e_t taken at the anchor
     W_t = (1 - decay_t) W_{t-1} + S_t               e_t = k_t @ W_anchor - v_t (l2), -v_t (dot)

@@ -1,0 +1,302 @@
+"""The benchmarks: what they write down, what they refuse, what they say about a missing peer.
+
+No test looks at a speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hope_ext
+from benchmarks import measure, ops, peers, report, titans, train
+from benchmarks.subjects import FORWARD, PASSES, TRAINING, Setting, Work
+from hope_ext import _load
+
+TINY = "1,12,2,8,4"  # the titans benchmark's B,T,H,D,C
+SETTING = Setting({"B": 1, "T": 12, "H": 2, "D": 8, "C": 4}, torch.float32, "cpu")
+TRAIN = (
+    *("--tokens", "256", "--set", "model.dim=16", "--set", "model.layers=1"),
+    *("--set", "train.batch=2", "--set", "train.sequence=32", "--set", "train.validate_every=2"),
+    *("--set", "train.validation_tokens=64"),
+)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """A sample is one call."""
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-9)
+
+
+def run_ops(out: Path, *arguments: str) -> tuple[int, list[dict]]:
+    """The exit status of a quick run on the CPU, and the results that it wrote."""
+    words = ["--op", "titans", "--device", "cpu", "--shape", TINY, "--out", str(out), *arguments]
+    status = ops.main([*words, "--quick"])
+    return status, [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    monkeypatch.setattr(peers, "installed", lambda peer: None)
+
+
+# ---- benchmarks.ops ------------------------------------------------------------------------------
+
+
+def test_a_result_holds_every_row_and_the_facts_around_it(tmp_path, capsys):
+    status, results = run_ops(tmp_path)
+    (result,) = results
+    assert status == 0
+    assert {
+        *("benchmark", "op", "command", "date", "device", "environment", "neighbours"),
+        *("warning", "peers", "roofs", "memory", "checks", "rows", "table"),
+    } == set(result)
+    assert {
+        *("cpu", "cores", "threads", "capability", "os", "python", "torch", "hope_ext"),
+        *("commit", "uncommitted_changes", "sources_sha256"),
+    } == set(result["environment"])
+    assert result["environment"]["hope_ext"] == hope_ext.build_info()
+    assert result["peers"]["titans-pytorch"]["pinned"] == "0.5.5"
+    (checks,) = result["checks"].values()
+    assert {"output 0", "gradient of q", "gradient of weights"} <= {c["name"] for c in checks}
+    assert all(check["error"] <= check["allowed"] for check in checks)
+    (roof,) = result["roofs"]
+    rows = {(row["contest"], row["pass"], row["row"]): row for row in result["rows"]}
+    for direction in PASSES:
+        for contest, name in (
+            *(("operator", roof), ("operator", "reference"), ("operator", "ours")),
+            *(("layer", roof), ("layer", "titans-pytorch"), ("layer", "ours")),
+        ):
+            row = rows.pop((contest, direction, name))
+            assert row["shape"] == {"B": 1, "T": 8, "H": 2, "D": 8, "C": 4}  # cut down by --quick
+            if "reason" in row:
+                assert name == "titans-pytorch"
+                assert "pip install .[bench]" in row["reason"]
+                continue
+            assert len(row["samples_ms"]) == ops.QUICK_REPEATS
+            low, high = row["quartiles_ms"]
+            assert 0 < low <= row["median_ms"] <= high
+            assert row["gflop_per_second"] > 0
+            if name != roof:
+                assert row["tokens_per_second"] > 0
+                assert row["percent_of_roof"] > 0
+    assert rows == {}
+    assert "\n".join(result["table"]) in capsys.readouterr().out
+
+
+def test_a_result_never_replaces_another(tmp_path, no_peers):
+    run_ops(tmp_path)
+    _, results = run_ops(tmp_path)
+    assert len(results) == 2
+
+
+def test_rows_without_their_peer_say_how_to_install_it(tmp_path, capsys, no_peers):
+    status, (result,) = run_ops(tmp_path)
+    assert status == 0
+    rows = [row for row in result["rows"] if row["row"] == "titans-pytorch"]
+    assert [row["reason"] for row in rows] == ["not installed: pip install .[bench]"] * len(PASSES)
+    assert all("speed_ratio" not in row for row in result["rows"] if row["contest"] == "layer")
+    assert result["peers"]["titans-pytorch"]["installed"] is None
+    assert "not installed: pip install .[bench]" in capsys.readouterr().out
+
+
+def test_another_version_of_a_peer_is_not_measured(monkeypatch):
+    assert peers.installed("hope-ext-has-no-such-peer") is None
+    monkeypatch.setattr(peers, "installed", lambda peer: "0.0.1")
+    assert peers.why_not("titans-pytorch") == "version 0.0.1 instead of 0.5.5: pip install .[bench]"
+
+
+def test_a_peer_that_fails_says_why_and_ours_may_not_fail(monkeypatch):
+    def fail(setting):
+        raise ImportError("no module named einx")
+
+    monkeypatch.setattr(peers, "why_not", lambda peer: None)
+    theirs = ops.Row("theirs", fail, peer="titans-pytorch")
+    assert ops._prepare(theirs, SETTING, FORWARD) == "fails: ImportError: no module named einx"
+    with pytest.raises(ImportError):
+        ops._prepare(ops.Row("ours", fail), SETTING, FORWARD)
+
+
+def wrong_value(o: torch.Tensor) -> torch.Tensor:
+    return 1.01 * o
+
+
+def wrong_gradient(o: torch.Tensor) -> torch.Tensor:
+    return 1.01 * o - 0.01 * o.detach()
+
+
+def not_a_number(o: torch.Tensor) -> torch.Tensor:
+    return o + math.nan
+
+
+@pytest.mark.parametrize("mistake", [wrong_value, wrong_gradient, not_a_number])
+def test_a_wrong_operator_is_not_timed(tmp_path, capsys, monkeypatch, mistake):
+    right = hope_ext.titans_memory
+
+    def wrong(**arguments):
+        o, state = right(**arguments)
+        return (o if _load.use_reference() else mistake(o)), state
+
+    monkeypatch.setattr(hope_ext, "titans_memory", wrong)
+    status, results = run_ops(tmp_path)
+    assert status == 1
+    assert results == []
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "nothing is timed" in shown.err
+    named = "gradient of v" if mistake is wrong_gradient else "output 0"
+    assert re.search(rf"{named}: error \S+ against the float64 definition, \S+ allowed", shown.err)
+    if mistake is wrong_gradient:
+        assert "output" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("1,2,3", "expected 5 sizes B,T,H,D,C, got '1,2,3'"),
+        ("1,2,3,4,x", "a size must be a whole number above 0, not 'x'"),
+        ("1,2,3,4,0", "a size must be a whole number above 0, not '0'"),
+    ],
+)
+def test_a_shape_must_be_sizes(capsys, shape, message):
+    with pytest.raises(SystemExit) as stop:
+        ops.main(["--shape", shape])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_threads_are_set_and_written_down(tmp_path, no_peers):
+    before = torch.get_num_threads()
+    try:
+        _, (result,) = run_ops(tmp_path, "--threads", "1")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert result["environment"]["threads"] == 1
+    assert "1 threads" in result["table"][0]
+
+
+def test_profile_writes_a_trace_of_each_of_our_rows(tmp_path, capsys):
+    status, results = run_ops(tmp_path, "--profile")
+    assert status == 0
+    assert len(results) == 2  # the operator and the layer
+    for trace in results:
+        names = {event.get("name") for event in trace["traceEvents"]}
+        assert {"hope::titans_linear", "hope::titans_linear_backward"} <= names
+    assert "hope::titans_linear" in capsys.readouterr().out
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def test_calls_are_timed_in_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = measure.in_turns(calls, {"a": 2, "b": 1}, 2, "cpu")
+    assert order == ["a", "a", "a", "b"] * 2  # the first of a row of calls is not timed
+    assert [len(s.seconds) for s in samples.values()] == [2, 2]
+
+
+def test_a_ratio_compares_within_a_turn():
+    one, other = measure.Samples([1.0, 10.0, 2.0], 1), measure.Samples([2.0, 20.0, 4.0], 1)
+    assert measure.ratio(one, other) == 2.0
+
+
+def test_the_slower_kind_of_work_is_the_roof():
+    roofs = [
+        measure.Roof(f"{flops} {moved}", "", Work(flops, moved), lambda: lambda: None)
+        for flops, moved in ((100, None), (0, 100))
+    ]
+    times = {roofs[0]: measure.Samples([1.0], 1), roofs[1]: measure.Samples([2.0], 1)}
+    assert measure.least_seconds(Work(300, 100), times) == 3.0
+    assert measure.least_seconds(Work(100, 400), times) == 8.0
+    assert measure.least_seconds(Work(100), times) == 1.0
+
+
+def allocate(setting: Setting):
+    """A row whose call holds 16 MiB for each chunk at its peak, and whose making holds more."""
+    count = setting.shape["T"] // setting.shape["C"]
+    torch.ones(2 * count, 2**22).sum()
+    leaf = torch.ones((), requires_grad=True)
+    work = {direction: Work(1) for direction in PASSES}
+    return ops.Subject(lambda: leaf * torch.ones(count, 2**22).sum(), (leaf,), 1, work)
+
+
+@pytest.mark.skipif(not measure.can_measure_memory("cpu"), reason="Linux's way of measuring")
+def test_peak_memory_is_that_of_the_call_alone():
+    small = Setting({**SETTING.shape, "T": 4}, torch.float32, "cpu")
+    peak = measure.peak_memory(ops.Row("allocates", allocate), SETTING, TRAINING, small)
+    assert 0.95 < peak / (3 * 2**24) < 1.05
+
+
+def test_work_is_the_operators_and_grows_with_the_layers_projections():
+    bare = titans.bare(SETTING)
+    layer = titans.our_layer(SETTING)
+    dim, heads = 16, 2
+    maps = dim * 3 * dim + dim * 3 * heads + 2 * dim * dim  # q, k, v; rates; gate and output
+    assert bare.work[FORWARD].bytes == 12 * heads * (4 * 8 * 4 + 12)
+    assert layer.work[FORWARD].flops - bare.work[FORWARD].flops == 2 * 12 * maps
+    assert layer.work[TRAINING].flops - bare.work[TRAINING].flops == 6 * 12 * maps
+
+
+# ---- reporting -----------------------------------------------------------------------------------
+
+
+def test_tables_are_aligned_and_a_reason_may_be_of_any_width():
+    text = report.table(("row", "ms", "x"), [("ours", "10", "2"), ("a peer", "not here at all")])
+    assert text.splitlines() == ["row     ms  x", "ours    10  2", "a peer  not here at all"]
+
+
+def test_a_loaded_machine_gets_a_warning():
+    quiet = {"load_average_at_start": (0.1, 0, 0), "others_cores": 0.01}
+    assert report.loaded(quiet) is None
+    assert report.loaded({**quiet, "others_cores": None}) is None
+    assert "load average 99.00" in report.loaded({**quiet, "load_average_at_start": (99, 0, 0)})
+    assert "others used 0.50 cores" in report.loaded({**quiet, "others_cores": 0.5})
+
+
+def test_the_hash_of_the_sources_sees_every_byte(tmp_path, monkeypatch):
+    sources = ["hope_ext/titans.py", "csrc/titans/titans.cpp", "csrc/common/host.h"]
+    for name in sources:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    hashes = {report.sources_hash("titans")}
+    for name in sources:
+        (tmp_path / name).write_text(f"{name} changed")
+        hashes.add(report.sources_hash("titans"))
+    assert len(hashes) == 1 + len(sources)
+
+
+# ---- benchmarks.train ----------------------------------------------------------------------------
+
+
+def test_training_side_by_side_writes_curves_and_a_picture(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("it was the best of times, it was the worst of times\n" * 40)
+    out = tmp_path / "out"
+    words = ("--device", "cpu", "--data", str(text), "--out", str(out))
+    assert train.main([*words, "--presets", "tiny", "tiny-transformer", *TRAIN]) == 0
+    (path,) = out.glob("*.json")
+    result = json.loads(path.read_text())
+    assert [run["preset"] for run in result["runs"]] == ["tiny", "tiny-transformer"]
+    for run in result["runs"]:
+        assert run["tokens"] == 256
+        assert run["parameters"] > 0
+        assert run["training"]["tokens"] == [64, 128, 192, 256]
+        assert run["validation"]["tokens"] == [128, 256]
+        assert run["validation"]["seconds"][-1] == pytest.approx(run["seconds"], abs=1e-3)
+        assert run["validation"]["bits_per_byte"][-1] == run["validation_bits_per_byte"] > 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "\n".join(result["table"]) in capsys.readouterr().out
+
+
+def test_trainings_that_read_different_batches_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--device", "cpu", "--presets", "tiny", "125m"])
+    assert stop.value.code == 2
+    assert "125m and tiny cannot be compared: train.batch is 64 and 16" in capsys.readouterr().err
