@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, H heads, D head_dim, C channels, K convolution width,
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +43,14 @@ class CausalConv(nn.Module):
         if cu_seqlens is not None:
             return self._packed(x, tail, cu_seqlens)
         before = self.width - 1
+        weight = self.weight.to(x.dtype)
         if tail is None:
-            padded = F.pad(x, (0, 0, before, 0))
-        else:
-            padded = torch.cat((tail.to(x.dtype), x), dim=1)
-        # As an image [B, C, 1, T] in channels-last layout, which is what [B, T, C] already is in
-        # memory: nothing is transposed, and the CPU runs this 10 times faster than conv1d.
-        image = padded.transpose(1, 2).unsqueeze(2)
-        kernel = self.weight[:, None, None, :].to(x.dtype)
-        y = F.conv2d(image, kernel, groups=self.weight.shape[0]).squeeze(2).transpose(1, 2)
-        return y, padded[:, padded.shape[1] - before :]
+            last = x[:, max(0, x.shape[1] - before) :]
+            return _DepthwiseConv.apply(x, weight, before), F.pad(
+                last, (0, 0, before - last.shape[1], 0)
+            )
+        x = torch.cat((tail.to(x.dtype), x), dim=1)
+        return _DepthwiseConv.apply(x, weight, 0), x[:, x.shape[1] - before :]
 
     def _packed(self, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Gathers every tap from the token's own document: its tokens, or before them its tail."""
@@ -77,6 +76,46 @@ class CausalConv(nn.Module):
         return y, rows[row(ends, lengths[:, None] + offsets[:-1])]
 
 
+class _DepthwiseConv(torch.autograd.Function):
+    """y[:, t, c] = sum over k of weight[c, k] * x[:, t + k - before, c], 0 before x's start.
+
+    x [B, T, C], weight [C, K], before 0 or K - 1; y [B, T + before - (K - 1), C]. As torch's conv2d
+    on an image [B, C, 1, T] in channels-last layout, which is what [B, T, C] already is in memory,
+    so that nothing is transposed. Its own gradient of the weights takes longer on a CPU than the
+    rest of a layer; a product and a sum per tap do not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, before: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.before = before
+        return _conv(x, weight, before)[:, : x.shape[1] + before - weight.shape[1] + 1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, weight), before = ctx.saved_tensors, ctx.before
+        width, tokens = weight.shape[1], x.shape[1]
+        grad = grad.contiguous()
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = _conv(grad, weight.flip(1), width - 1)[:, before : before + tokens]
+        if ctx.needs_input_grad[1]:
+            taps = []
+            for k in range(width):
+                skipped = max(0, before - k)  # outputs whose tap k is before x's start
+                there = x[:, k - before + skipped :][:, : grad.shape[1] - skipped]
+                taps.append((grad[:, skipped:] * there).sum((0, 1)))
+            d_weight = torch.stack(taps, dim=1)
+        return d_x, d_weight, None
+
+
+def _conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    image = x.transpose(1, 2).unsqueeze(2)
+    kernel = weight[:, None, None]
+    y = F.conv2d(image, kernel, padding=(0, padding), groups=weight.shape[0])
+    return y.squeeze(2).transpose(1, 2)
+
+
 def document_positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The document [T] of every packed token, and its position [T] there."""
     starts = cu_seqlens.long()
@@ -85,9 +124,30 @@ def document_positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]
     return document, index - starts[document]
 
 
+class _Unit(torch.autograd.Function):
+    """x / sqrt(|x|^2 + eps) along the last dimension, in few passes over memory, both ways.
+
+    With y = r x, r = (|x|^2 + eps)^(-1/2): d_x = r (d_y - y <y, d_y>).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square() + eps).to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        y, scale = ctx.saved_tensors
+        along = (y * grad).sum(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+
+
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x [..., D] scaled to length 1 along the last dimension (zeros stay zeros)."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True, dtype=torch.float32) + eps).to(x.dtype)
+    return _Unit.apply(x, eps)
 
 
 @dataclass
@@ -122,7 +182,6 @@ class TitansMemory(nn.Module):
         # Inner learning rate, momentum and decay, before their sigmoids.
         self.rates = nn.Linear(dim, 3 * config.heads)
         self.memory = nn.Parameter(torch.empty(config.heads, config.head_dim, config.head_dim))
-        self.norm = nn.Parameter(torch.ones(config.head_dim))  # of the output, shared by the heads
         self.gate = nn.Linear(dim, width, bias=False)
         self.out = nn.Linear(width, dim, bias=False)
 
@@ -153,12 +212,13 @@ class TitansMemory(nn.Module):
         if self.conv is not None:
             qkv, tail = self.conv(qkv, None if state is None else state.conv, cu_seqlens)
         qkv = F.silu(qkv).unflatten(-1, (3, config.heads, config.head_dim))
-        q, k, v = qkv.unbind(2)  # [B, T, H, D]
+        qk, v = qkv.split((2, 1), dim=2)
+        q, k = unit(qk).unbind(2)  # [B, T, H, D]
         lr, momentum, decay = self._inner_rates(x)
         o, memory = hope_ext.titans_memory(
-            unit(q),
-            unit(k),
-            v,
+            q,
+            k,
+            v.squeeze(2),
             lr,
             (self.memory,),
             momentum,
@@ -170,9 +230,9 @@ class TitansMemory(nn.Module):
             cu_seqlens=cu_seqlens,
             return_state=True,
         )
-        # The norm's weight takes o's dtype, or autocast would leave the fused kernel.
-        o = F.rms_norm(o, o.shape[-1:], self.norm.to(o.dtype), eps=1e-6)
-        y = self.out(o.flatten(2) * F.silu(self.gate(x)))
+        # RMSNorm without a weight: `out` has one for each of its inputs anyway.
+        o = unit(o).flatten(2) * (F.silu(self.gate(x)) * config.head_dim**0.5)
+        y = self.out(o)
         return y, TitansMemoryState(tail, memory)
 
     def _inner_rates(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
