@@ -16,6 +16,13 @@
 namespace py = pybind11;
 
 TORCH_LIBRARY(hope, m) {
+    // The short causal convolution (docs/ops/conv.md).
+    m.def(
+        "conv(Tensor x, Tensor weight, Tensor? tail, Tensor? cu_seqlens, str activation) -> "
+        "(Tensor y, Tensor tail)");
+    m.def(
+        "conv_backward(Tensor? d_y, Tensor? d_tail, Tensor x, Tensor weight, Tensor? tail, "
+        "Tensor? cu_seqlens, str activation) -> (Tensor x, Tensor weight, Tensor tail)");
     // The linear Titans memory (docs/ops/titans.md). States are [N, H, K, V]; absent ones are
     // returned with 0 elements.
     m.def(

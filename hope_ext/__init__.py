@@ -6,7 +6,15 @@ Functions on tensors, each with a C++ and CUDA implementation and a definition i
 
 from hope_ext._build import build_info, kernel_report
 from hope_ext._load import has_cuda_kernels
+from hope_ext.conv import causal_conv
 from hope_ext.titans import TitansState, titans_memory
 
 __version__ = "0.1.0"
-__all__ = ["TitansState", "build_info", "has_cuda_kernels", "kernel_report", "titans_memory"]
+__all__ = [
+    "TitansState",
+    "build_info",
+    "causal_conv",
+    "has_cuda_kernels",
+    "kernel_report",
+    "titans_memory",
+]

@@ -10,8 +10,13 @@ ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(
-    name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None = None
+    name: str,
+    value: object,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
+    like: str = "q",
 ) -> Tensor:
+    """`device`: where it has to be, as the argument `like` is."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -21,7 +26,7 @@ def tensor(
         )
     if device is not None and value.device != device:
         raise ValueError(
-            f"{name}: expected a tensor on {device}, like q, got one on {value.device}"
+            f"{name}: expected a tensor on {device}, like {like}, got one on {value.device}"
         )
     return value
 
@@ -58,16 +63,18 @@ def positive(name: str, value: object) -> int:
     return value
 
 
-def cu_seqlens(value: object, q: Tensor) -> int:
+def cu_seqlens(value: object, rows: Tensor, like: str = "q") -> int:
     """Checks packed sequences' bounds (values only on the CPU); returns their number."""
-    bounds = tensor("cu_seqlens", value, (torch.int32,), q.device)
+    bounds = tensor("cu_seqlens", value, (torch.int32,), rows.device, like)
     if bounds.dim() != 1 or bounds.numel() < 1:
         raise ValueError(f"cu_seqlens: expected shape [N + 1], got {list(bounds.shape)}")
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens: packed sequences need q with batch size 1, got {q.shape[0]}")
+    if rows.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens: packed sequences need {like} with batch size 1, got {rows.shape[0]}"
+        )
     # A traced graph has no values to look at; there and on a GPU the kernels keep to [0, T].
     if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
-        values, tokens = bounds.tolist(), q.shape[1]
+        values, tokens = bounds.tolist(), rows.shape[1]
         ordered = all(a <= b for a, b in itertools.pairwise(values))
         if values[0] != 0 or values[-1] != tokens or not ordered:
             raise ValueError(

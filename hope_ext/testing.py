@@ -39,6 +39,7 @@ class Case:
     function: Callable[..., Any]
     make: Callable[[torch.dtype, str], dict[str, Any]]
     tiny: bool = False  # small enough for gradcheck
+    everything: str = "return_state"  # the argument that makes it return its final state too
 
     def __str__(self) -> str:
         return f"{self.stem}-{self.name}"
@@ -58,6 +59,49 @@ def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[Non
             stack.callback(setattr, titans_module, "reference", original)
             titans_module.reference = type("rounded", (), {"titans_linear": staticmethod(rounded)})
         yield
+
+
+# ---- the short causal convolution ----------------------------------------------------------------
+
+
+def conv_inputs(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    batch: int = 2,
+    tokens: int = 37,
+    channels: int = 24,
+    width: int = 4,
+    activation: str = "silu",
+    bounds: list[int] | None = None,
+    tail: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Normal inputs and weights of scale K^(-1/2); drawn in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, to: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        draw = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (scale * draw).to(device, to)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments: dict[str, Any] = {
+        "x": normal(batch, tokens, channels),
+        "weight": normal(channels, width, to=wide, scale=width**-0.5),
+        "activation": activation,
+    }
+    sequences = batch
+    if bounds is not None:
+        arguments["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        sequences = len(bounds) - 1
+    if tail:
+        arguments["tail"] = normal(sequences, width - 1, channels)
+    return arguments
+
+
+def _conv(name: str, *, tiny: bool = False, **options: Any) -> Case:
+    make = functools.partial(conv_inputs, **options)
+    return Case("conv", name, hope_ext.causal_conv, make, tiny, everything="return_tail")
 
 
 # ---- the Titans memory --------------------------------------------------------------------------
@@ -143,7 +187,30 @@ def _titans(name: str, *, tiny: bool = False, **options: Any) -> Case:
 
 _TINY: dict[str, Any] = {"batch": 1, "tokens": 5, "heads": 2, "key": 3, "value": 2, "chunk_size": 3}
 
+_CONV_TINY: dict[str, Any] = {"batch": 2, "tokens": 5, "channels": 3, "width": 3}
+
 CASES: tuple[Case, ...] = (
+    _conv("silu"),
+    _conv("linear", activation="none"),
+    _conv("tail", tail=True),
+    _conv("blocks", tokens=130, channels=130, tail=True),
+    _conv("one-token", tokens=1, tail=True),
+    _conv("no-token", tokens=0, tail=True),
+    _conv("no-batch", batch=0),
+    _conv("width-1", width=1, tail=True),
+    _conv("width-64", width=64, tokens=70, tail=True),
+    _conv("packed", batch=1, tokens=140, bounds=[0, 2, 2, 67, 68, 140], tail=True),
+    _conv("packed-nothing", batch=1, tokens=0, bounds=[0]),
+    _conv("tiny", tiny=True, **_CONV_TINY),
+    _conv("tail-tiny", tiny=True, tail=True, **_CONV_TINY),
+    _conv("linear-tiny", tiny=True, activation="none", tail=True, **_CONV_TINY),
+    _conv(
+        "packed-tiny",
+        tiny=True,
+        **{**_CONV_TINY, "batch": 1},
+        bounds=[0, 1, 5],
+        tail=True,
+    ),
     _titans("plain"),
     *(
         case

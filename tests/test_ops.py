@@ -1,7 +1,7 @@
 """The laws that every implementation of an operator keeps, over the cases of hope_ext.testing."""
 
-import functools
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ def float_leaves(tree) -> list[Tensor]:
     return [x for x in _pytree.tree_leaves(tree) if is_float(x)]
 
 
-def accepts_state(case: Case, arguments: dict) -> dict:
-    return dict(arguments, return_state=True)
+def returning_everything(case: Case, arguments: dict) -> dict:
+    return {**arguments, case.everything: True}
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
         lambda x: x.detach().requires_grad_() if is_float(x) else x, arguments
     )
     with testing.backend(backend, product_dtype):
-        outputs = float_leaves(case.function(**accepts_state(case, arguments)))
+        outputs = float_leaves(case.function(**returning_everything(case, arguments)))
         draw = torch.Generator().manual_seed(7)
         cotangents = [torch.randn(x.shape, generator=draw, dtype=torch.float64) for x in outputs]
         leaves = float_leaves(arguments)
@@ -119,7 +119,9 @@ def test_gradcheck(case: Case):
         filled = list(leaves)
         for i, x in zip(floats, inputs, strict=True):
             filled[i] = x
-        result = case.function(**accepts_state(case, _pytree.tree_unflatten(filled, structure)))
+        result = case.function(
+            **returning_everything(case, _pytree.tree_unflatten(filled, structure))
+        )
         return tuple(float_leaves(result))
 
     inputs = [leaves[i].clone().requires_grad_() for i in floats]
@@ -215,7 +217,7 @@ def test_compile(case: Case, compiler: str):
     arguments = case.make(torch.float32, "cpu")
     compiled = torch.compile(case.function, fullgraph=True, backend=compiler)
     expected = evaluate(case, arguments, "cpu")
-    compiled_case = Case(case.stem, case.name, compiled, case.make)
+    compiled_case = replace(case, function=compiled)
     for (name, a), (_, b) in zip(expected, evaluate(compiled_case, arguments, "cpu"), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -223,16 +225,13 @@ def test_compile(case: Case, compiler: str):
 @each_tiny_case
 def test_activation_checkpointing(case: Case):
     arguments = case.make(torch.float32, "cpu")
-    again = Case(
-        case.stem,
-        case.name,
-        functools.partial(
-            lambda **kwargs: torch.utils.checkpoint.checkpoint(
-                lambda: case.function(**kwargs), use_reentrant=False
-            )
-        ),
-        case.make,
-    )
+
+    def checkpointed(**kwargs):
+        return torch.utils.checkpoint.checkpoint(
+            lambda: case.function(**kwargs), use_reentrant=False
+        )
+
+    again = replace(case, function=checkpointed)
     for (name, a), (_, b) in zip(
         evaluate(case, arguments, "cpu"), evaluate(again, arguments, "cpu"), strict=True
     ):

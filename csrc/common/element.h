@@ -1,6 +1,7 @@
-// The element types of tensors, for code that knows no torch.
+// Tensors and threads for code that knows no torch.
 #pragma once
 #include <cstdint>
+#include <functional>
 
 namespace hope {
 
@@ -22,5 +23,9 @@ struct MatrixTensor {
     void* data;
     int64_t batch, head;
 };
+
+// Runs body(begin, end) over parts of [0, n) in parallel.
+using ParallelFor =
+    std::function<void(int64_t n, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
 }  // namespace hope

@@ -29,6 +29,25 @@ inline Element element_of(const at::Tensor& tensor) {
     }
 }
 
+inline at::ScalarType accumulation_of(const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The bounds of packed sequences. Python looks at their values too, but not in traced code; tokens
+// outside every sequence would be left unwritten.
+inline at::Tensor checked_bounds(const at::Tensor& cu_seqlens, int64_t tokens) {
+    TORCH_CHECK_TYPE(cu_seqlens.scalar_type() == at::kInt, "cu_seqlens: expected int32");
+    TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0,
+                      "cu_seqlens: expected [N + 1], got ", cu_seqlens.sizes());
+    const at::Tensor contiguous = cu_seqlens.contiguous();
+    const int32_t* const bounds = contiguous.const_data_ptr<int32_t>();
+    const int64_t sequences = contiguous.numel() - 1;
+    bool rises = bounds[0] == 0 && bounds[sequences] == tokens;
+    for (int64_t i = 0; i < sequences; i++) rises = rises && bounds[i] <= bounds[i + 1];
+    TORCH_CHECK_VALUE(rises, "cu_seqlens: expected values that rise from 0 to T = ", tokens);
+    return contiguous;
+}
+
 // Kernels read any strides but want neighbouring elements side by side.
 inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
     return tensor.numel() == 0 || tensor.stride(-1) == 1 || tensor.size(-1) == 1

@@ -241,6 +241,37 @@ HOPE_INLINE T dot(int64_t n, const T* a, const T* b) {
     return result;
 }
 
+// ---- functions ----
+// e^x to 2 ulp; beyond +-87 that of +-87, which keeps it finite and normal. NaN stays NaN.
+HOPE_INLINE Vector<float> exponential(Vector<float> x) {
+    typedef typename Simd<float>::Mask Mask;
+    const Vector<float> limit = x - x + 87.0f;
+    x = x > limit ? limit : x < -limit ? -limit : x;
+    // x = n ln2 + r; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const Vector<float> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const Vector<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vector<float> p = r * 1.98756912e-4f + 1.39819994e-3f;
+    p = p * r + 8.33345205e-3f;
+    p = p * r + 4.16657962e-2f;
+    p = p * r + 1.66666657e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    Mask bits;
+    __builtin_memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;  // 2^n
+    Vector<float> power;
+    __builtin_memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+HOPE_INLINE Vector<double> exponential(Vector<double> x) {
+    for (int i = 0; i < Simd<double>::kLanes; i++) x[i] = __builtin_exp(x[i]);
+    return x;
+}
+template <class V>
+HOPE_INLINE V sigmoid(V x) {
+    return 1 / (1 + exponential(-x));
+}
+
 // ---- conversion ----
 struct BFloat16 {
     uint16_t bits;

@@ -35,14 +35,6 @@ struct Inputs {  // keeps the tensors that Params points into
     }
 };
 
-// Python looks at the values too, but not in traced code; tokens outside every sequence would be
-// left unwritten.
-void check_bounds(const int32_t* bounds, int64_t sequences, int64_t tokens) {
-    bool rises = bounds[0] == 0 && bounds[sequences] == tokens;
-    for (int64_t i = 0; i < sequences; i++) rises = rises && bounds[i] <= bounds[i + 1];
-    TORCH_CHECK_VALUE(rises, "cu_seqlens: expected values that rise from 0 to T = ", tokens);
-}
-
 Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
               const optional<Tensor>& momentum, const optional<Tensor>& decay,
               const Tensor& weights, const optional<Tensor>& momenta,
@@ -55,8 +47,7 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
     const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), key = q.size(3),
                   value = v.size(3);
     const int64_t sequences = cu_seqlens ? cu_seqlens->numel() - 1 : batch;
-    const at::ScalarType element = q.scalar_type(),
-                         state = element == at::kDouble ? at::kDouble : at::kFloat;
+    const at::ScalarType element = q.scalar_type(), state = accumulation_of(q);
     auto check = [&](const char* name, const optional<Tensor>& tensor, at::IntArrayRef sizes,
                      at::ScalarType type) {
         if (!tensor) return Tensor();
@@ -105,10 +96,8 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
     if (in.position.defined()) p.position = in.position.const_data_ptr<int64_t>();
     if (cu_seqlens) {
         TORCH_CHECK_VALUE(batch == 1, "q: expected batch 1 with cu_seqlens, got ", batch);
-        TORCH_CHECK_VALUE(sequences >= 0, "cu_seqlens: expected at least one element");
-        in.cu_seqlens = check("cu_seqlens", cu_seqlens, {sequences + 1}, at::kInt).contiguous();
+        in.cu_seqlens = checked_bounds(*cu_seqlens, tokens);
         p.cu_seqlens = in.cu_seqlens.const_data_ptr<int32_t>();
-        check_bounds(p.cu_seqlens, sequences, tokens);
     }
     p.parallel_for = parallel_for;
     return in;

@@ -3,7 +3,6 @@
 // tokens, H heads, K key dim, V value dim.
 #pragma once
 #include <cstdint>
-#include <functional>
 
 #include "common/element.h"
 
@@ -11,10 +10,6 @@ namespace hope {
 
 enum class TitansObjective { l2, dot };
 enum class TitansRead { after, before, chunk };
-
-// Runs body(begin, end) over parts of [0, n) in parallel.
-using ParallelFor =
-    std::function<void(int64_t n, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
 // Absent tensors have null data. Gates, states and their gradients are float32 (float64 if element
 // is).

@@ -1,10 +1,7 @@
 // The linear Titans memory on the CPU: tasks (sequence, head) over threads, each in the machine's
 // best instruction set.
-#include <cstring>
-#include <memory>
-#include <new>
-
 #include "common/isa_cpu.h"
+#include "common/tasks_cpu.h"
 #include "titans/titans.h"
 
 #define HOPE_EACH_ISA "titans/titans_linear_cpu.h"
@@ -32,13 +29,10 @@ Variant variant() {
 void run(const TitansLinearParams& params, bool backward) {
     const Variant use = params.element == Element::float64 ? variant<double>() : variant<float>();
     const size_t bytes = static_cast<size_t>(use.scratch_bytes(params, backward));
-    params.parallel_for(params.sequences * params.heads, [&](int64_t begin, int64_t end) {
-        constexpr std::align_val_t kAlignment{64};
-        const std::unique_ptr<void, void (*)(void*)> scratch(
-            ::operator new(bytes, kAlignment), [](void* p) { ::operator delete(p, kAlignment); });
-        std::memset(scratch.get(), 0, bytes);  // padding must not hold signalling garbage
-        use.tasks(params, backward, begin, end, scratch.get());
-    });
+    run_tasks(params.parallel_for, params.sequences * params.heads, bytes,
+              [&](int64_t begin, int64_t end, void* scratch) {
+                  use.tasks(params, backward, begin, end, scratch);
+              });
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ class TitansConfig:
     heads: int = 4
     head_dim: int = 32
     chunk_size: int = 32
-    conv_width: int = 4  # of the causal convolution on q, k and v; 1: none
+    conv_width: int = 4  # of the causal convolution on q, k and v; 1: a factor alone
     lr_max: float = 1.5
     momentum_max: float = 0.9  # 0: no momentum
     # The decay gates start with half-lives spread over the heads between these numbers of tokens.

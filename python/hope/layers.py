@@ -24,96 +24,34 @@ from hope.config import AttentionConfig, MixerConfig, TitansConfig
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution over the last K tokens of each channel.
+    """Depthwise causal convolution over the last K tokens of each channel, then SiLU on request.
 
     `forward(x [B, T, C], tail=None, cu_seqlens=None)` returns the output [B, T, C] and the
     last inputs [B, K - 1, C], which a later call takes as `tail`; with `cu_seqlens` the tails' rows
     are the N documents.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, activation: str = "none") -> None:
         super().__init__()
-        self.width = width
+        self.activation = activation
         # [C, K]; the last tap is the token itself.
         self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def init_weights(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(
         self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if cu_seqlens is not None:
-            return self._packed(x, tail, cu_seqlens)
-        before = self.width - 1
-        weight = self.weight.to(x.dtype)
-        if tail is None:
-            last = x[:, max(0, x.shape[1] - before) :]
-            return _DepthwiseConv.apply(x, weight, before), F.pad(
-                last, (0, 0, before - last.shape[1], 0)
-            )
-        x = torch.cat((tail.to(x.dtype), x), dim=1)
-        return _DepthwiseConv.apply(x, weight, 0), x[:, x.shape[1] - before :]
-
-    def _packed(self, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Gathers every tap from the token's own document: its tokens, or before them its tail."""
-        before, documents = self.width - 1, cu_seqlens.shape[0] - 1
-        if tail is None:
-            tail = x.new_zeros(documents, before, x.shape[2])
-        rows = torch.cat((tail.flatten(0, 1).to(x.dtype), x[0]))  # [N * (K - 1) + T, C]
-        document, position = document_positions(cu_seqlens, x.shape[1])
-        starts = cu_seqlens.long()
-
-        def row(document: Tensor, position: Tensor) -> Tensor:
-            """The row of a document's token; positions -1, -2, ... are in its tail."""
-            in_tail = document * before + before + position
-            return torch.where(
-                position < 0, in_tail, documents * before + starts[document] + position
-            )
-
-        offsets = torch.arange(-before, 1, device=x.device)
-        taps = rows[row(document[:, None], position[:, None] + offsets)]  # [T, K, C]
-        y = torch.einsum("tkc,ck->tc", taps, self.weight.to(x.dtype)).unsqueeze(0)
-        lengths = starts.diff()
-        ends = torch.arange(documents, device=x.device)[:, None]
-        return y, rows[row(ends, lengths[:, None] + offsets[:-1])]
-
-
-class _DepthwiseConv(torch.autograd.Function):
-    """y[:, t, c] = sum over k of weight[c, k] * x[:, t + k - before, c], 0 before x's start.
-
-    x [B, T, C], weight [C, K], before 0 or K - 1; y [B, T + before - (K - 1), C]. As torch's conv2d
-    on an image [B, C, 1, T] in channels-last layout, which is what [B, T, C] already is in memory,
-    so that nothing is transposed. Its own gradient of the weights takes longer on a CPU than the
-    rest of a layer; a product and a sum per tap do not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, before: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.before = before
-        return _conv(x, weight, before)[:, : x.shape[1] + before - weight.shape[1] + 1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, weight), before = ctx.saved_tensors, ctx.before
-        width, tokens = weight.shape[1], x.shape[1]
-        grad = grad.contiguous()
-        d_x = d_weight = None
-        if ctx.needs_input_grad[0]:
-            d_x = _conv(grad, weight.flip(1), width - 1)[:, before : before + tokens]
-        if ctx.needs_input_grad[1]:
-            taps = []
-            for k in range(width):
-                skipped = max(0, before - k)  # outputs whose tap k is before x's start
-                there = x[:, k - before + skipped :][:, : grad.shape[1] - skipped]
-                taps.append((grad[:, skipped:] * there).sum((0, 1)))
-            d_weight = torch.stack(taps, dim=1)
-        return d_x, d_weight, None
-
-
-def _conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    image = x.transpose(1, 2).unsqueeze(2)
-    kernel = weight[:, None, None]
-    y = F.conv2d(image, kernel, padding=(0, padding), groups=weight.shape[0])
-    return y.squeeze(2).transpose(1, 2)
+        return hope_ext.causal_conv(
+            x,
+            self.weight,
+            tail=None if tail is None else tail.to(x.dtype),
+            activation=self.activation,
+            cu_seqlens=cu_seqlens,
+            return_tail=True,
+        )
 
 
 def document_positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -154,12 +92,11 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
 class TitansMemoryState:
     """What TitansMemory carries: the convolution's last inputs [B, K - 1, C] and the memory."""
 
-    conv: Tensor | None
+    conv: Tensor
     memory: hope_ext.TitansState
 
     def detach(self) -> "TitansMemoryState":
-        conv = None if self.conv is None else self.conv.detach()
-        return TitansMemoryState(conv, self.memory.detach())
+        return TitansMemoryState(self.conv.detach(), self.memory.detach())
 
 
 register_dataclass(TitansMemoryState)
@@ -178,7 +115,7 @@ class TitansMemory(nn.Module):
         self.config = config
         width = config.heads * config.head_dim
         self.qkv = nn.Linear(dim, 3 * width, bias=False)
-        self.conv = CausalConv(3 * width, config.conv_width) if config.conv_width > 1 else None
+        self.conv = CausalConv(3 * width, config.conv_width, activation="silu")
         # Inner learning rate, momentum and decay, before their sigmoids.
         self.rates = nn.Linear(dim, 3 * config.heads)
         self.memory = nn.Parameter(torch.empty(config.heads, config.head_dim, config.head_dim))
@@ -194,8 +131,7 @@ class TitansMemory(nn.Module):
         """
         config = self.config
         nn.init.normal_(self.memory, std=0.5 * config.head_dim**-0.5)
-        if self.conv is not None:
-            nn.init.uniform_(self.conv.weight, -(config.conv_width**-0.5), config.conv_width**-0.5)
+        self.conv.init_weights()
         half_lives = torch.logspace(
             math.log2(config.half_life_min), math.log2(config.half_life_max), config.heads, base=2.0
         )
@@ -208,10 +144,8 @@ class TitansMemory(nn.Module):
         self, x: Tensor, state: TitansMemoryState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, TitansMemoryState]:
         config = self.config
-        qkv, tail = self.qkv(x), None
-        if self.conv is not None:
-            qkv, tail = self.conv(qkv, None if state is None else state.conv, cu_seqlens)
-        qkv = F.silu(qkv).unflatten(-1, (3, config.heads, config.head_dim))
+        qkv, tail = self.conv(self.qkv(x), None if state is None else state.conv, cu_seqlens)
+        qkv = qkv.unflatten(-1, (3, config.heads, config.head_dim))
         qk, v = qkv.split((2, 1), dim=2)
         q, k = unit(qk).unbind(2)  # [B, T, H, D]
         lr, momentum, decay = self._inner_rates(x)
@@ -283,7 +217,7 @@ class Attention(nn.Module):
     def init_weights(self) -> None:
         """Initial values of what is special here; `hope.model` initialises the linear layers."""
         if self.conv is not None:
-            nn.init.uniform_(self.conv.weight, -(self.conv.width**-0.5), self.conv.width**-0.5)
+            self.conv.init_weights()
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
