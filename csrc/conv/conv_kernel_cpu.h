@@ -7,7 +7,9 @@
 // with the K - 1 inputs before them; the backward goes from the last block to the first, and its
 // tile of d_z ends with the K - 1 rows after the block.
 
-constexpr int64_t kChannels = 64, kRows = 64, kLine = kChannels;  // kLine: elements of a tile's row
+constexpr int64_t kChannels = 128, kRows = 64,
+                  kLine = kChannels;  // kLine: elements of a tile's row
+constexpr int kUsual = 4;             // the width that models use
 
 template <class T>
 struct ConvTask {
@@ -59,27 +61,37 @@ struct ConvTask {
         return {n, 0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
     }
 
-    // The convolution of one vector of channels, at row i of the x tile.
+    // A vector of channels at row i of the x tile. Taps is K if that is known, else 0.
+    template <int Taps>
     HOPE_INLINE Vector<T> convolve(int64_t i, int64_t j) const {
+        const int64_t width = Taps ? Taps : taps;
         Vector<T> total = {};
-        for (int64_t k = 0; k < taps; k++)
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < width; k++)
             total += load(weight + k * kLine + j) * load(x + (i + k) * kLine + j);
         return total;
     }
 
+    template <int Taps>
+    void forward_rows(int64_t rows) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < kLine; j += Simd<T>::kLanes) {
+                const Vector<T> sum = convolve<Taps>(i, j);
+                store(z + i * kLine + j, p.silu ? sum * sigmoid(sum) : sum);
+            }
+    }
+
     void forward() {
-        constexpr int kLanes = Simd<T>::kLanes;
         for (int64_t n = 0; n < p.sequences; n++) {
             const Sequence at = sequence(n);
             load_rows(p.tail, at.index, 0, before, x);
             for (int64_t token = 0; token < at.length; token += kRows) {
                 const int64_t rows = least(kRows, at.length - token);
                 load_rows(p.x, at.batch, at.start + token, rows, x + before * kLine);
-                for (int64_t i = 0; i < rows; i++)
-                    for (int64_t j = 0; j < kLine; j += kLanes) {
-                        const Vector<T> sum = convolve(i, j);
-                        store(z + i * kLine + j, p.silu ? sum * sigmoid(sum) : sum);
-                    }
+                if (taps == kUsual)
+                    forward_rows<kUsual>(rows);
+                else
+                    forward_rows<0>(rows);
                 store_rows(p.y, at.batch, at.start + token, rows, z);
                 move(x + rows * kLine, x, before);
             }
@@ -119,40 +131,49 @@ struct ConvTask {
             for (int64_t k = 0; k < taps; k++) to[j * taps + k] = d_weight[k * kLine + j];
     }
 
+    template <int Taps>
+    void backward_rows(int64_t rows) {
+        constexpr int kLanes = Simd<T>::kLanes;
+        const int64_t width = Taps ? Taps : taps;
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < kLine; j += kLanes) {
+                Vector<T> d_z = load(d_y + i * kLine + j);
+                if (p.silu) {
+                    const Vector<T> sum = convolve<Taps>(i, j), s = sigmoid(sum);
+                    d_z *= s * (1 + sum * (1 - s));
+                }
+                store(z + i * kLine + j, d_z);
+#pragma GCC unroll 8
+                for (int64_t k = 0; k < width; k++) {
+                    T* const to = d_weight + k * kLine + j;
+                    store(to, load(to) + d_z * load(x + (i + k) * kLine + j));
+                }
+            }
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < kLine; j += kLanes) {
+                Vector<T> total = {};
+#pragma GCC unroll 8
+                for (int64_t k = 0; k < width; k++)
+                    total += load(weight + k * kLine + j) * load(z + (i + before - k) * kLine + j);
+                store(d_x + i * kLine + j, total);
+            }
+    }
+
     // Leaves d_z of the block in z.
     void backward_block(const Sequence& at, int64_t token, int64_t rows) {
-        constexpr int kLanes = Simd<T>::kLanes;
         const int64_t missing = most(0, before - token);  // inputs of the tile that are in the tail
         if (missing) load_rows(p.tail, at.index, before - missing, missing, x);
         load_rows(p.x, at.batch, at.start + token - before + missing, rows + before - missing,
                   x + missing * kLine);
         load_rows(p.d_y, at.batch, at.start + token, rows, d_y);
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = 0; j < kLine; j += kLanes) {
-                Vector<T> d_z = load(d_y + i * kLine + j);
-                if (p.silu) {
-                    const Vector<T> sum = convolve(i, j), s = sigmoid(sum);
-                    d_z *= s * (1 + sum * (1 - s));
-                }
-                store(z + i * kLine + j, d_z);
-            }
-        for (int64_t j = 0; j < kLine; j += kLanes)
-            for (int64_t k = 0; k < taps; k++) {
-                Vector<T> total = load(d_weight + k * kLine + j);
-                for (int64_t i = 0; i < rows; i++)
-                    total += load(z + i * kLine + j) * load(x + (i + k) * kLine + j);
-                store(d_weight + k * kLine + j, total);
-            }
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t of_edge = token + i - (at.length - before);  // among the last inputs?
-            for (int64_t j = 0; j < kLine; j += kLanes) {
-                Vector<T> total = {};
-                if (of_edge >= 0) total = load(edge + of_edge * kLine + j);
-                for (int64_t k = 0; k < taps; k++)
-                    total += load(weight + k * kLine + j) * load(z + (i + before - k) * kLine + j);
-                store(d_x + i * kLine + j, total);
-            }
-        }
+        if (taps == kUsual)
+            backward_rows<kUsual>(rows);
+        else
+            backward_rows<0>(rows);
+        const int64_t from_end = token - (at.length - before);  // >= 0: among the last inputs
+        for (int64_t i = most(0, -from_end); i < rows; i++)
+            for (int64_t j = 0; j < kLine; j++)
+                d_x[i * kLine + j] += edge[(from_end + i) * kLine + j];
         store_rows(p.d_x, at.batch, at.start + token, rows, d_x);
     }
 };
