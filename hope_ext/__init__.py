@@ -1,6 +1,6 @@
 """hope_ext: fused operators of memories that are trained while they are read.
 
-Functions on tensors, each with a C++ and CUDA implementation and a definition in plain PyTorch
+Functions on tensors, each with native kernels and a definition in plain PyTorch
 (`hope_ext.reference`). `HOPE_REFERENCE=1` in the environment runs everything on the definitions.
 """
 

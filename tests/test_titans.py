@@ -421,6 +421,22 @@ def test_refuses_bad_bounds_in_compiled_code():
         compiled(**make(torch.float32, batch=1), cu_seqlens=bounds)
 
 
+def test_the_operator_itself_protects_memory():
+    """A caller of torch.ops with a gradient of the wrong shape gets an error, not other memory."""
+    a = make(torch.float32)
+    start = a["weights"][0].expand(2, -1, -1, -1)
+    tensors = [*(a[n] for n in TOKENS), start, None, None, None, None]
+    options = (16, "l2", "after", 1)
+    o, *_, checkpoints = torch.ops.hope.titans_linear(*tensors, *options)
+    for gradients in ([o[:, 1:], None, None, None], [None, start[:1], None, None]):
+        with pytest.raises(ValueError, match="expected shape"):
+            torch.ops.hope.titans_linear_backward(*gradients, *tensors, checkpoints, *options)
+    with pytest.raises(ValueError, match="checkpoints: not those of this forward"):
+        torch.ops.hope.titans_linear_backward(
+            o, None, None, None, *tensors, checkpoints[1:], *options
+        )
+
+
 def test_refuses_states_that_do_not_fit():
     a = make(torch.float32)
     _, state = hope_ext.titans_memory(**a, return_state=True)

@@ -33,6 +33,19 @@ inline at::ScalarType accumulation_of(const at::Tensor& tensor) {
     return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// The incoming gradient of an output with these sizes, contiguous; undefined if there is none.
+inline at::Tensor checked_gradient(const char* name, const std::optional<at::Tensor>& gradient,
+                                   at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+    if (!gradient) return {};
+    TORCH_CHECK_VALUE(gradient->sizes() == sizes, name, ": expected shape ", sizes, ", got ",
+                      gradient->sizes());
+    TORCH_CHECK_TYPE(gradient->scalar_type() == type, name, ": expected ", type, ", got ",
+                     gradient->scalar_type());
+    TORCH_CHECK_VALUE(gradient->device() == device, name, ": expected device ", device, ", got ",
+                      gradient->device());
+    return gradient->contiguous();
+}
+
 // The bounds of packed sequences. Python looks at their values too, but not in traced code; tokens
 // outside every sequence would be left unwritten.
 inline at::Tensor checked_bounds(const at::Tensor& cu_seqlens, int64_t tokens) {

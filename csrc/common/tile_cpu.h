@@ -242,10 +242,11 @@ HOPE_INLINE T dot(int64_t n, const T* a, const T* b) {
 }
 
 // ---- functions ----
-// e^x to 2 ulp; beyond +-87 that of +-87, which keeps it finite and normal. NaN stays NaN.
+// e^x to 2 ulp; 0 below -87 and infinity above 87, where it would soon be so anyway. NaN stays NaN.
 HOPE_INLINE Vector<float> exponential(Vector<float> x) {
     typedef typename Simd<float>::Mask Mask;
-    const Vector<float> limit = x - x + 87.0f;
+    const Vector<float> limit = Vector<float>{} + 87.0f, zero = {};
+    const Vector<float> infinity = zero + __builtin_inff(), given = x;
     x = x > limit ? limit : x < -limit ? -limit : x;
     // x = n ln2 + r; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
     const Vector<float> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
@@ -261,7 +262,7 @@ HOPE_INLINE Vector<float> exponential(Vector<float> x) {
     bits = (bits + 127) << 23;  // 2^n
     Vector<float> power;
     __builtin_memcpy(&power, &bits, sizeof power);
-    return p * power;
+    return given > limit ? infinity : given < -limit ? zero : p * power;
 }
 HOPE_INLINE Vector<double> exponential(Vector<double> x) {
     for (int i = 0; i < Simd<double>::kLanes; i++) x[i] = __builtin_exp(x[i]);

@@ -44,6 +44,8 @@ Inputs gather(const Tensor& x, const Tensor& weight, const optional<Tensor>& tai
     TORCH_CHECK_VALUE(weight.size(0) == p.channels, "weight: expected ", p.channels, " channels");
     TORCH_CHECK_TYPE(weight.scalar_type() == accumulation_of(x), "weight: expected ",
                      accumulation_of(x));
+    TORCH_CHECK_VALUE(weight.device() == x.device() && (!tail || tail->device() == x.device()),
+                      "weight, tail: expected the device of x, ", x.device());
     in.x = with_contiguous_rows(x), in.weight = weight.contiguous();
     p.x = rows_of(in.x), p.weight = in.weight.const_data_ptr();
     if (tail) {
@@ -76,8 +78,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const optional<Tensor>& d_y,
                                                  const optional<Tensor>& cu_seqlens,
                                                  std::string_view activation) {
     Inputs in = gather(x, weight, tail, cu_seqlens, activation);
-    const Tensor from_y = d_y ? d_y->contiguous() : Tensor(),
-                 from_tail = d_final_tail ? d_final_tail->contiguous() : Tensor();
+    const ConvParams& p = in.params;
+    const at::ScalarType type = x.scalar_type();
+    const Tensor from_y = checked_gradient("d_y", d_y, x.sizes(), type, x.device()),
+                 from_tail =
+                     checked_gradient("d_tail", d_final_tail,
+                                      {p.sequences, p.width - 1, p.channels}, type, x.device());
     in.params.d_y = rows_of(from_y), in.params.d_final_tail = rows_of(from_tail);
     const Tensor d_x = at::empty(x.sizes(), x.options()), d_weight = at::empty_like(in.weight),
                  d_tail = tail ? in.empty_tail() : at::empty({0}, x.options());

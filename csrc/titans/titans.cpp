@@ -160,11 +160,14 @@ Backward titans_linear_backward(const optional<Tensor>& d_o,
                       "checkpoints: not those of this forward");
     p.checkpoints = checkpoints.data_ptr();
 
-    auto incoming = [](const optional<Tensor>& gradient) {
-        return gradient ? gradient->contiguous() : Tensor();
+    const int64_t state[] = {p.sequences, p.heads, p.key_dim, p.value_dim};
+    auto of_state = [&](const char* name, const optional<Tensor>& gradient) {
+        return checked_gradient(name, gradient, state, in.weights.scalar_type(), q.device());
     };
-    const Tensor from_o = incoming(d_o), from_weights = incoming(d_final_weights),
-                 from_momenta = incoming(d_final_momenta), from_anchor = incoming(d_final_anchor);
+    const Tensor from_o = checked_gradient("d_o", d_o, v.sizes(), q.scalar_type(), q.device()),
+                 from_weights = of_state("d_weights", d_final_weights),
+                 from_momenta = of_state("d_momenta", momentum ? d_final_momenta : std::nullopt),
+                 from_anchor = of_state("d_anchor", d_final_anchor);
     p.d_o = token_tensor(from_o);
     p.d_final_weights = matrix_tensor(from_weights), p.d_final_anchor = matrix_tensor(from_anchor);
     if (momentum) p.d_final_momenta = matrix_tensor(from_momenta);

@@ -63,29 +63,62 @@ def document_positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]
 
 
 class _Unit(torch.autograd.Function):
-    """x / sqrt(|x|^2 + eps) along the last dimension, in few passes over memory, both ways.
+    """y = length * x / sqrt(|x|^2 + eps) along the last dimension, in few passes over memory.
 
-    With y = r x, r = (|x|^2 + eps)^(-1/2): d_x = r (d_y - y <y, d_y>).
+    With r = (|x|^2 + eps)^(-1/2) and u = r x: d_x = length * r (d_y - u <u, d_y>).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(length.square() + eps).to(x.dtype)
-        y = x * scale
+    def forward(ctx: Any, x: Tensor, length: float, eps: float) -> Tensor:
+        y, scale = _scale_to(x, length, eps)
         ctx.save_for_backward(y, scale)
+        ctx.length = length
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        y, scale = ctx.saved_tensors
-        along = (y * grad).sum(-1, keepdim=True)
-        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        d_x = torch.empty_like(grad)
+        _scale_to_backward(grad, *ctx.saved_tensors, ctx.length, out=d_x)
+        return d_x, None, None
 
 
-def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x [..., D] scaled to length 1 along the last dimension (zeros stay zeros)."""
-    return _Unit.apply(x, eps)
+class _UnitQK(torch.autograd.Function):
+    """q, k, v of qkv [B, T, 3, H, D], q and k of length 1.
+
+    The backward writes its parts where they belong; autograd would join them by copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        (q, q_scale), (k, k_scale) = (_scale_to(x, 1.0, eps) for x in qkv[:, :, :2].unbind(2))
+        ctx.save_for_backward(q, q_scale, k, k_scale)
+        return q, k, qkv[:, :, 2].clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor, None]:
+        q, q_scale, k, k_scale = ctx.saved_tensors
+        batch, tokens, heads, size = q.shape
+        d_qkv = q.new_empty(batch, tokens, 3, heads, size)
+        _scale_to_backward(d_q, q, q_scale, 1.0, d_qkv[:, :, 0])
+        _scale_to_backward(d_k, k, k_scale, 1.0, d_qkv[:, :, 1])
+        d_qkv[:, :, 2] = d_v
+        return d_qkv, None
+
+
+def _scale_to(x: Tensor, length: float, eps: float) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (torch.rsqrt(norm.square() + eps) * length).to(x.dtype)
+    return x * scale, scale
+
+
+def _scale_to_backward(grad: Tensor, y: Tensor, scale: Tensor, length: float, out: Tensor) -> None:
+    along = (y * grad).sum(-1, keepdim=True)
+    out.copy_(grad).addcmul_(y, along, value=-(length**-2)).mul_(scale)
+
+
+def unit(x: Tensor, length: float = 1.0, eps: float = 1e-6) -> Tensor:
+    """x [..., D] scaled to `length` along the last dimension (zeros stay zeros)."""
+    return _Unit.apply(x, length, eps)
 
 
 @dataclass
@@ -146,13 +179,12 @@ class TitansMemory(nn.Module):
         config = self.config
         qkv, tail = self.conv(self.qkv(x), None if state is None else state.conv, cu_seqlens)
         qkv = qkv.unflatten(-1, (3, config.heads, config.head_dim))
-        qk, v = qkv.split((2, 1), dim=2)
-        q, k = unit(qk).unbind(2)  # [B, T, H, D]
+        q, k, v = _UnitQK.apply(qkv, 1e-6)  # [B, T, H, D]
         lr, momentum, decay = self._inner_rates(x)
         o, memory = hope_ext.titans_memory(
             q,
             k,
-            v.squeeze(2),
+            v,
             lr,
             (self.memory,),
             momentum,
@@ -165,7 +197,7 @@ class TitansMemory(nn.Module):
             return_state=True,
         )
         # RMSNorm without a weight: `out` has one for each of its inputs anyway.
-        o = unit(o).flatten(2) * (F.silu(self.gate(x)) * config.head_dim**0.5)
+        o = unit(o, config.head_dim**0.5).flatten(2) * F.silu(self.gate(x))
         y = self.out(o)
         return y, TitansMemoryState(tail, memory)
 
