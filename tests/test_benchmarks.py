@@ -237,7 +237,7 @@ def test_work_is_the_operators_and_grows_with_the_layers_projections():
     bare = titans.bare(SETTING)
     layer = titans.our_layer(SETTING)
     dim, heads = 16, 2
-    maps = dim * 3 * dim + dim * 3 * heads + 2 * dim * dim  # q, k, v; rates; gate and output
+    maps = dim * 3 * dim + dim * 4 * heads + dim * dim  # q, k, v; rates and gate; output
     assert bare.work[FORWARD].bytes == 12 * heads * (4 * 8 * 4 + 12)
     assert layer.work[FORWARD].flops - bare.work[FORWARD].flops == 2 * 12 * maps
     assert layer.work[TRAINING].flops - bare.work[TRAINING].flops == 6 * 12 * maps

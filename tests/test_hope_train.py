@@ -230,7 +230,6 @@ def test_weight_decay_is_for_matrices_of_linear_layers_and_embeddings():
         "weight",
         "bias",
         "memory",
-        "norm",
     }
     assert "blocks.0.mixer.conv.weight" in {names[p] for p in others["params"]}
     assert all(p.ndim == 2 for p in decayed["params"])

@@ -5,22 +5,21 @@ from dataclasses import replace
 from hope.config import AttentionConfig, ModelConfig, RunConfig, TitansConfig, TrainConfig
 from hope.errors import HopeError
 
-# A width-d block holds about 13 d^2 parameters: 5 d^2 in the mixer (q, k, v, gate, output), 8 d^2
-# in the MLP.
+# A width-d block holds about 13 d^2 parameters: 4 d^2 in the mixer (q, k, v, output), 9 d^2 in the
+# MLP. Attention and memory blocks differ by little more than the memories.
+_MLP_RATIO = 3.0
 _TINY = RunConfig(
     preset="tiny",
-    model=ModelConfig(dim=128, layers=4, mixer=TitansConfig(heads=4, head_dim=32)),
+    model=ModelConfig(
+        dim=128, layers=4, mlp_ratio=_MLP_RATIO, mixer=TitansConfig(heads=4, head_dim=32)
+    ),
     train=TrainConfig(),
 )
-# No output gate and no memories: a wider MLP makes up for them, so that the models are of one size.
 _TINY_TRANSFORMER = replace(
     _TINY,
     preset="tiny-transformer",
-    model=replace(
-        _TINY.model,
-        mixer=AttentionConfig(heads=4, head_dim=32),
-        mlp_ratio=_TINY.model.mlp_ratio + 3 / 8,
-    ),
+    # A wider MLP makes up for the memories and rates.
+    model=replace(_TINY.model, mlp_ratio=3.125, mixer=AttentionConfig(heads=4, head_dim=32)),
 )
 _TINY_CONV_ATTENTION = replace(
     _TINY_TRANSFORMER,
@@ -45,7 +44,7 @@ def _titans(name: str, dim: int, layers: int, lr: float, tokens: int, batch: int
         checkpoint_every=1000,
         dtype="bfloat16",
     )
-    model = ModelConfig(dim=dim, layers=layers, mixer=mixer)
+    model = ModelConfig(dim=dim, layers=layers, mlp_ratio=_MLP_RATIO, mixer=mixer)
     return RunConfig(preset=name, model=model, train=train)
 
 
