@@ -14,7 +14,7 @@ from hope import (
     parameter_count,
     preset,
 )
-from hope.layers import MIXERS
+from hope.layers import MIXERS, unit, unit_qk
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -252,3 +252,22 @@ def test_every_memory_layer_is_stable_on_long_inputs(name):
     ratio = state.memory.weights[0].flatten(2).norm(dim=2) / layer.memory.flatten(1).norm(dim=1)
     assert ratio.min() > 0.05
     assert ratio.max() < 10
+
+
+def test_unit_scales_to_a_length_and_keeps_zeros():
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    x[0, 0] = 0
+    y = unit(x, 2.0, eps=1e-300)
+    expected = 2 * torch.nn.functional.normalize(x, dim=-1)
+    torch.testing.assert_close(y, expected)
+    qkv = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64)
+    q, k, v = unit_qk(qkv)
+    torch.testing.assert_close(torch.stack((q, k), 2), unit(qkv[:, :, :2]))
+    assert torch.equal(v, qkv[:, :, 2])
+
+
+def test_the_gradients_of_unit_are_exact():
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unit(x, 3.0, eps=0.1), x)
+    qkv = torch.randn(2, 3, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unit_qk(x, eps=0.1), qkv)

@@ -106,7 +106,8 @@ class _UnitQK(torch.autograd.Function):
 
 
 def _scale_to(x: Tensor, length: float, eps: float) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     scale = (torch.rsqrt(norm.square() + eps) * length).to(x.dtype)
     return x * scale, scale
 
@@ -119,6 +120,11 @@ def _scale_to_backward(grad: Tensor, y: Tensor, scale: Tensor, length: float, ou
 def unit(x: Tensor, length: float = 1.0, eps: float = 1e-6) -> Tensor:
     """x [..., D] scaled to `length` along the last dimension (zeros stay zeros)."""
     return _Unit.apply(x, length, eps)
+
+
+def unit_qk(qkv: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, T, H, D] of qkv [B, T, 3, H, D], q and k scaled to length 1."""
+    return _UnitQK.apply(qkv, eps)
 
 
 @dataclass
@@ -140,8 +146,8 @@ class TitansMemory(nn.Module):
 
     q, k and v pass a short causal convolution and SiLU; q and k have length 1. The inner learning
     rate, momentum, decay and the output's gate are functions of the token for every head (in
-    float32). Every head's output is normalised, gated and projected back. (A gate per channel costs
-    another projection; at equal parameters it trained no better.)
+    float32). Every head's output is normalised, gated and projected back. (A gate per channel would
+    cost another projection.)
     """
 
     def __init__(self, dim: int, config: TitansConfig) -> None:
@@ -179,7 +185,7 @@ class TitansMemory(nn.Module):
         config = self.config
         qkv, tail = self.conv(self.qkv(x), None if state is None else state.conv, cu_seqlens)
         qkv = qkv.unflatten(-1, (3, config.heads, config.head_dim))
-        q, k, v = _UnitQK.apply(qkv, 1e-6)  # [B, T, H, D]
+        q, k, v = unit_qk(qkv)  # [B, T, H, D]
         lr, momentum, decay, gate = self._rates(x)
         o, memory = hope_ext.titans_memory(
             q,
