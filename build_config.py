@@ -108,11 +108,10 @@ def configure(build_dir: Path | None = None) -> NativeBuild:
     generated = build_dir / "generated"
     generated.mkdir(parents=True, exist_ok=True)
 
-    torch_home = Path(torch.__file__).parent
-    torch_includes = [torch_home / "include", torch_home / "include/torch/csrc/api/include"]
-    include_dirs, library_dirs = [ROOT / "csrc", generated], [torch_home / "lib"]
+    torch_includes, torch_library_dir = torch_dirs(torch)
+    include_dirs, library_dirs = [ROOT / "csrc", generated], [torch_library_dir]
     libraries = ["c10", "torch_cpu", "torch"]
-    standard = "-std=c++20" if _release(torch.__version__) >= (2, 12) else "-std=c++17"
+    standard = cxx_standard(torch)
     cxx_flags, nvcc_flags = [standard, *CXX_FLAGS], [standard, *NVCC_FLAGS]
     architectures: tuple[str, ...] = ()
     if cuda_home:
@@ -131,9 +130,9 @@ def configure(build_dir: Path | None = None) -> NativeBuild:
         cuda_home=cuda_home,
         architectures=architectures,
         build_dir=build_dir,
-        host_sources=("csrc/module.cpp", *_sources("*.cpp", but_not="*_cpu.cpp")),
+        host_sources=host_sources(),
         cpu_sources=_sources("*_cpu.cpp"),
-        cuda_sources=_sources("*_cuda.cu") if cuda_home else (),
+        cuda_sources=cuda_sources() if cuda_home else (),
         cxx_flags=tuple(cxx_flags),
         nvcc_flags=tuple(nvcc_flags),
         include_dirs=tuple(map(str, include_dirs)),
@@ -313,11 +312,30 @@ def _gencode(architectures: tuple[str, ...]) -> list[str]:
 # --- sources, packages, facts ---------------------------------------------------------------------
 
 
+def host_sources() -> tuple[str, ...]:
+    return ("csrc/module.cpp", *_sources("*.cpp", but_not="*_cpu.cpp"))
+
+
+def cuda_sources() -> tuple[str, ...]:
+    return _sources("*_cuda.cu")
+
+
 def _sources(pattern: str, but_not: str = "") -> tuple[str, ...]:
     found = sorted((ROOT / "csrc").glob(f"*/{pattern}"))
     return tuple(
         str(path.relative_to(ROOT)) for path in found if not (but_not and path.match(but_not))
     )
+
+
+def torch_dirs(torch) -> tuple[list[Path], Path]:
+    """The folders of torch's headers, and that of its libraries."""
+    home = Path(torch.__file__).parent
+    return [home / "include", home / "include/torch/csrc/api/include"], home / "lib"
+
+
+def cxx_standard(torch) -> str:
+    """What torch's headers are written in."""
+    return "-std=c++20" if _release(torch.__version__) >= (2, 12) else "-std=c++17"
 
 
 def project() -> dict:

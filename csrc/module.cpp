@@ -1,9 +1,13 @@
 // The table of contents of the native code: the schema of every operator, and the Python module
 // `_C`, which holds the facts of the build and nothing else. Importing it registers the operators
-// as torch.ops.hope.*.
+// as torch.ops.hope.*. The emulator's build (HOPE_EMULATED) is a library without a Python module.
 
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
+
+#include "common/library.h"
+
+#ifndef HOPE_EMULATED
+#include <pybind11/pybind11.h>
 
 #include "build_facts.h"
 
@@ -12,10 +16,9 @@
 
 #include "selftest/selftest.h"
 #endif
+#endif
 
-namespace py = pybind11;
-
-TORCH_LIBRARY(hope, m) {
+HOPE_SCHEMAS(m) {
     // The short causal convolution (docs/ops/conv.md).
     m.def(
         "conv(Tensor x, Tensor weight, Tensor? tail, Tensor? cu_seqlens, str activation) -> "
@@ -43,6 +46,10 @@ TORCH_LIBRARY(hope, m) {
         "Tensor decay, "
         "Tensor weights, Tensor momenta, Tensor anchor)");
 }
+
+#ifndef HOPE_EMULATED
+
+namespace py = pybind11;
 
 namespace {
 
@@ -77,3 +84,5 @@ PYBIND11_MODULE(_C, m) {
           "of each.");
 #endif
 }
+
+#endif

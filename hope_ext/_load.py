@@ -10,10 +10,11 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -28,23 +29,46 @@ def _asks_for_reference() -> bool:
     return choice == "1"
 
 
-_reference = _asks_for_reference()
+# What the public functions call: the definitions, or the operators of a library of torch.ops.
+REFERENCE, LIBRARY = "reference", "hope"
+_called = REFERENCE if _asks_for_reference() else LIBRARY
+_registrations: list[Callable[[str], None]] = []
 
 
 def use_reference() -> bool:
     """Whether the definitions run instead of the kernels (`HOPE_REFERENCE=1`, or forced)."""
-    return _reference
+    return _called == REFERENCE
+
+
+def operators() -> Any:
+    """The kernels that run: `torch.ops.hope`, or another library in their place."""
+    return getattr(torch.ops, _called)
 
 
 @contextlib.contextmanager
-def forced_reference() -> Iterator[None]:
-    """Runs the definitions inside the block (for tests)."""
-    global _reference
-    before, _reference = _reference, True
+def forced(called: str) -> Iterator[None]:
+    """Runs the definitions, or another library's operators, inside the block (for tests)."""
+    global _called
+    before, _called = _called, called
     try:
         yield
     finally:
-        _reference = before
+        _called = before
+
+
+def register(stem: Callable[[str], None]) -> None:
+    """`stem(library)` registers fake kernels and autograd of an operator: now, for the extension,
+    and for every library that is loaded later."""
+    _registrations.append(stem)
+    if extension is not None:
+        stem(LIBRARY)
+
+
+def load_library(name: str, path: Path | str) -> None:
+    """Loads another library with the extension's schemas, as `torch.ops.<name>`."""
+    torch.ops.load_library(str(path))
+    for stem in _registrations:
+        stem(name)
 
 
 def has_cuda_kernels() -> bool:

@@ -1,5 +1,7 @@
 """The short causal convolution: public function, fake kernels, autograd."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def causal_conv(
     if _load.use_reference():
         y, last = reference.conv(*arguments)
     else:
-        y, last = torch.ops.hope.conv(*arguments)
+        y, last = _load.operators().conv(*arguments)
     return (y, last) if return_tail else y
 
 
@@ -88,13 +90,11 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_y, d_tail):
+def _backward(operator, ctx, d_y, d_tail):
     x, weight, tail, cu_seqlens = ctx.saved_tensors
     if d_y is None and d_tail is None:
         return (None,) * 5
-    d_x, d_weight, d_first = torch.ops.hope.conv_backward(
-        d_y, d_tail, x, weight, tail, cu_seqlens, ctx.activation
-    )
+    d_x, d_weight, d_first = operator(d_y, d_tail, x, weight, tail, cu_seqlens, ctx.activation)
     return d_x, d_weight, None if tail is None else d_first, None, None
 
 
@@ -102,8 +102,13 @@ def _no_double_backward(ctx, *_):
     raise RuntimeError("causal_conv: double backward (a gradient of its gradient) is not supported")
 
 
-if not _load.use_reference():
-    torch.library.register_fake("hope::conv", _fake_forward)
-    torch.library.register_fake("hope::conv_backward", _fake_backward)
-    torch.library.register_autograd("hope::conv", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("hope::conv_backward", _no_double_backward)
+def _register(library: str) -> None:
+    forward, backward = f"{library}::conv", f"{library}::conv_backward"
+    differentiate = partial(_backward, getattr(torch.ops, library).conv_backward)
+    torch.library.register_fake(forward, _fake_forward)
+    torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_autograd(forward, differentiate, setup_context=_setup_context)
+    torch.library.register_autograd(backward, _no_double_backward)
+
+
+_load.register(_register)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -172,7 +173,7 @@ def titans_memory(
             x is not None and x.requires_grad for x in arguments[:9]
         )
         every = _chunks_per_checkpoint(q, v, chunk_size, momentum is not None) if trains else 0
-        o, *final, _ = torch.ops.hope.titans_linear(*arguments, every)
+        o, *final, _ = _load.operators().titans_linear(*arguments, every)
     if not return_state:
         return o
     lengths = q.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
@@ -363,12 +364,12 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_o, d_weights, d_momenta, d_anchor, _):
+def _backward(operator, ctx, d_o, d_weights, d_momenta, d_anchor, _):
     *tensors, checkpoints = ctx.saved_tensors
     if ctx.options[-1] == 0 or all(x is None for x in (d_o, d_weights, d_momenta, d_anchor)):
         return (None,) * 15
     momentum = tensors[4]
-    gradients = torch.ops.hope.titans_linear_backward(
+    gradients = operator(
         d_o,
         d_weights,
         None if momentum is None else d_momenta,
@@ -387,8 +388,13 @@ def _no_double_backward(ctx, *_):
     )
 
 
-if not _load.use_reference():
-    torch.library.register_fake("hope::titans_linear", _fake_forward)
-    torch.library.register_fake("hope::titans_linear_backward", _fake_backward)
-    torch.library.register_autograd("hope::titans_linear", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("hope::titans_linear_backward", _no_double_backward)
+def _register(library: str) -> None:
+    forward, backward = f"{library}::titans_linear", f"{library}::titans_linear_backward"
+    differentiate = partial(_backward, getattr(torch.ops, library).titans_linear_backward)
+    torch.library.register_fake(forward, _fake_forward)
+    torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_autograd(forward, differentiate, setup_context=_setup_context)
+    torch.library.register_autograd(backward, _no_double_backward)
+
+
+_load.register(_register)

@@ -96,38 +96,32 @@ def test_kernel_report_agrees_with_the_binary(machine_code):
     assert {(row["symbol"], row["architecture"]) for row in kernels} == set(machine_code)
 
 
+# The kernels whose products have to run on tensor cores; all others have none.
+TENSOR_CORE_KERNELS = {
+    "mma_kernel",
+    "titans_linear_fwd_kernel",
+    "titans_linear_states_kernel",
+    "titans_linear_gradients_kernel",
+    "titans_linear_tokens_kernel",
+}
+MMA = {"float": "TF32", "__nv_bfloat16": "BF16", "__half": "F32"}  # how SASS names the operands
+
+
 @cuda_build
-def test_kernels_that_use_tensor_cores_have_their_instructions(machine_code, root):
-    """A kernel whose source reaches an mma must have one in its machine code, and only such."""
-    checked = 0
+def test_products_are_on_tensor_cores(machine_code):
+    """In the machine code, for every architecture, and of the instance's own dtype."""
+    using = set()
     for kernel in _load.build_report()["kernels"]:
-        name = re.search(r"(\w+)(?:<.*>)?\(", kernel["name"].replace("(anonymous namespace)::", ""))
-        expected = name[1] in reaching(r"asm[^;]*?\b(wg)?mma\b", root, root / kernel["source"])
         code = machine_code[kernel["symbol"], kernel["architecture"]]
-        assert bool(re.search(r"\b[HIQ]G?MMA\b", code)) == expected, kernel
-        checked += expected
-    assert checked, "no kernel uses the tensor cores"
-
-
-def reaching(instruction: str, root: Path, source: Path) -> set[str]:
-    """The functions, in a CUDA source and the headers it may include, that reach an instruction."""
-    headers = [*(root / "csrc/common").glob("*.cuh"), *source.parent.glob("*.cuh")]
-    text = "\n".join(path.read_text() for path in [*headers, source])
-    bodies: dict[str, str] = {}
-    definition = r"\b(?!(?:if|for|while|switch|constexpr)\b)(\w+)\s*\([^;{}]*\)\s*(?:const\s*)?\{"
-    for match in re.finditer(definition, text):
-        depth, end = 1, match.end()
-        while depth and end < len(text):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        bodies[match[1]] = bodies.get(match[1], "") + text[match.end() : end]
-    found = {name for name, body in bodies.items() if re.search(instruction, body)}
-    while True:
-        calls = rf"\b({'|'.join(map(re.escape, found))})\b" if found else r"(?!)"
-        more = {name for name, body in bodies.items() if re.search(calls, body)} - found
-        if not more:
-            return found
-        found |= more
+        products = set(re.findall(r"\b[HIQ]G?MMA[.\w]*", code))
+        plain_name = kernel["name"].replace("(anonymous namespace)::", "")
+        name, dtype = re.search(r"(\w+)(?:<([^,>]*)[^>]*>)?\(", plain_name).groups()
+        assert bool(products) == (name in TENSOR_CORE_KERNELS), kernel
+        if products:
+            using.add(name)
+        if products and dtype in MMA:
+            assert all(MMA[dtype] in product.split(".") for product in products), (kernel, products)
+    assert using == TENSOR_CORE_KERNELS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -6,26 +6,29 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #ifdef __CUDACC__
 #include <cxxabi.h>
 
 #include <cstdlib>
 #include <memory>
-#include <stdexcept>
-#include <string>
 
 #define DEVICE __device__ __forceinline__
 // A static shared array of `count` elements.
 #define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
-// Last parameter of a primitive; emulated, it records the line that called the primitive.
+// Last parameter of a primitive; emulated, it records the line that called the primitive. PASS_SITE
+// hands it on, as last argument.
 #define CALL_SITE
+#define PASS_SITE
 #else
 #include "cuda_emulator.h"
 
 #define DEVICE inline
 #define SHARED_ARRAY EMULATED_SHARED_ARRAY
 #define CALL_SITE , ::emulator::Site site = ::emulator::Site::here()
+#define PASS_SITE , site
 #endif
 
 namespace hope {
@@ -40,6 +43,18 @@ inline std::string kernel_name(const void* kernel) {
     return status == 0 ? name.get() : mangled;
 }
 #endif
+
+inline void check_cuda(cudaError_t error, const char* what) {
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
 
 // Launches kernel(arguments...) and returns without waiting for it. Throws std::runtime_error with
 // the kernel's name and CUDA's message; an error of an earlier, asynchronous kernel may surface

@@ -229,13 +229,19 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t ldfrom, T* 
 }
 
 // ---- rows ----
-// <a, b> over exactly n elements.
+// <a, b> over exactly n elements, a sum of sums: one running sum over whole states would round
+// several times worse than torch's.
 template <class T>
 HOPE_INLINE T dot(int64_t n, const T* a, const T* b) {
-    constexpr int kLanes = Simd<T>::kLanes;
+    constexpr int kLanes = Simd<T>::kLanes, kVectors = 32;
     Vector<T> total = {};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) total += load(a + i) * load(b + i);
+    while (i + kLanes <= n) {
+        Vector<T> part = {};
+        for (int vector = 0; vector < kVectors && i + kLanes <= n; vector++, i += kLanes)
+            part += load(a + i) * load(b + i);
+        total += part;
+    }
     T result = sum<T>(total);
     for (; i < n; i++) result += a[i] * b[i];
     return result;

@@ -4,11 +4,11 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <tuple>
 
-#include "common/host.h"
+#include "common/cuda_host.h"
+#include "common/library.h"
 
 namespace hope {
 namespace {
@@ -37,10 +37,14 @@ Inputs gather(const Tensor& x, const Tensor& weight, const optional<Tensor>& tai
     Inputs in;
     ConvParams& p = in.params;
     p.element = element_of(x);
-    p.tokens = x.size(1), p.channels = x.size(2), p.width = weight.size(1);
+    TORCH_CHECK_TYPE(!on_cuda(x) || p.element != Element::float64,
+                     "x: float64 is for the CPU, got a tensor on ", x.device());
+    TORCH_CHECK_VALUE(!on_cuda(x) || weight.size(1) <= kConvMaxWidthCuda,
+                      "weight: expected [C, K] with K up to ", kConvMaxWidthCuda,
+                      ", got K = ", weight.size(1));
+    p.batch = x.size(0), p.tokens = x.size(1), p.channels = x.size(2), p.width = weight.size(1);
     p.sequences = cu_seqlens ? cu_seqlens->numel() - 1 : x.size(0);
     p.silu = parse<bool>("activation", activation, {{"none", false}, {"silu", true}});
-    p.parallel_for = parallel_for;
     TORCH_CHECK_VALUE(weight.size(0) == p.channels, "weight: expected ", p.channels, " channels");
     TORCH_CHECK_TYPE(weight.scalar_type() == accumulation_of(x), "weight: expected ",
                      accumulation_of(x));
@@ -56,7 +60,7 @@ Inputs gather(const Tensor& x, const Tensor& weight, const optional<Tensor>& tai
     }
     if (cu_seqlens) {
         TORCH_CHECK_VALUE(x.size(0) == 1, "x: expected batch 1 with cu_seqlens, got ", x.size(0));
-        in.cu_seqlens = checked_bounds(*cu_seqlens, p.tokens);
+        in.cu_seqlens = checked_bounds(*cu_seqlens, p.tokens, x.device());
         p.cu_seqlens = in.cu_seqlens.const_data_ptr<int32_t>();
     }
     return in;
@@ -67,7 +71,7 @@ std::tuple<Tensor, Tensor> conv(const Tensor& x, const Tensor& weight, const opt
     Inputs in = gather(x, weight, tail, cu_seqlens, activation);
     const Tensor y = at::empty(x.sizes(), x.options()), final_tail = in.empty_tail();
     in.params.y = rows_of(y), in.params.final_tail = rows_of(final_tail);
-    conv_fwd_cpu(in.params);
+    HOPE_LAUNCH(x, conv_fwd, in.params);
     return {y, final_tail};
 }
 
@@ -89,14 +93,21 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const optional<Tensor>& d_y,
                  d_tail = tail ? in.empty_tail() : at::empty({0}, x.options());
     in.params.d_x = rows_of(d_x), in.params.d_weight = d_weight.data_ptr();
     if (tail) in.params.d_tail = rows_of(d_tail);
-    conv_bwd_cpu(in.params);
+    Tensor workspace;
+#ifdef HOPE_WITH_CUDA
+    if (on_cuda(x)) {
+        workspace = at::empty({conv_bwd_cuda_workspace(p)}, weight.options());
+        in.params.workspace = static_cast<float*>(workspace.data_ptr());
+    }
+#endif
+    HOPE_LAUNCH(x, conv_bwd, in.params);
     return {d_x, d_weight, d_tail};
 }
 
 }  // namespace
 }  // namespace hope
 
-TORCH_LIBRARY_IMPL(hope, CPU, library) {
+HOPE_OPERATORS(library) {
     library.impl("conv", &hope::conv);
     library.impl("conv_backward", &hope::conv_backward);
 }

@@ -8,7 +8,7 @@ namespace hope {
 // Absent tensors have null data. Of TokenTensor's strides, `head` is that of a channel: 1.
 struct ConvParams {
     Element element;  // of everything but the weights, which are float32 (float64 if it is)
-    int64_t sequences, tokens, channels, width;
+    int64_t batch, sequences, tokens, channels, width;
     bool silu;
 
     TokenTensor x;              // [B, T, C]
@@ -23,12 +23,17 @@ struct ConvParams {
     // backward
     TokenTensor d_y, d_final_tail;  // either may be absent: zeros
     TokenTensor d_x, d_tail;
-    void* d_weight;  // [C, K]
-
-    ParallelFor parallel_for;
+    void* d_weight;    // [C, K]
+    float* workspace;  // CUDA: conv_bwd_cuda_workspace elements
 };
 
-void conv_fwd_cpu(const ConvParams& params);
-void conv_bwd_cpu(const ConvParams& params);
+void conv_fwd_cpu(const ConvParams& params, const ParallelFor& parallel_for);
+void conv_bwd_cpu(const ConvParams& params, const ParallelFor& parallel_for);
+
+// On the current device, in a cudaStream_t; the element is not float64.
+constexpr int64_t kConvMaxWidthCuda = 64;
+void conv_fwd_cuda(const ConvParams& params, void* stream);
+void conv_bwd_cuda(const ConvParams& params, void* stream);
+int64_t conv_bwd_cuda_workspace(const ConvParams& params);  // needs all but `workspace`
 
 }  // namespace hope

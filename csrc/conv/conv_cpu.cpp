@@ -23,10 +23,10 @@ Variant variant() {
     return {baseline::conv_tasks<T>, baseline::conv_scratch_bytes<T>};
 }
 
-void run(const ConvParams& params, bool backward) {
+void run(const ConvParams& params, const ParallelFor& parallel_for, bool backward) {
     const Variant use = params.element == Element::float64 ? variant<double>() : variant<float>();
     const int64_t blocks = (params.channels + baseline::kChannels - 1) / baseline::kChannels;
-    run_tasks(params.parallel_for, blocks, static_cast<size_t>(use.scratch_bytes(params)),
+    run_tasks(parallel_for, blocks, static_cast<size_t>(use.scratch_bytes(params)),
               [&](int64_t begin, int64_t end, void* scratch) {
                   use.tasks(params, backward, begin, end, scratch);
               });
@@ -34,7 +34,11 @@ void run(const ConvParams& params, bool backward) {
 
 }  // namespace
 
-void conv_fwd_cpu(const ConvParams& params) { run(params, false); }
-void conv_bwd_cpu(const ConvParams& params) { run(params, true); }
+void conv_fwd_cpu(const ConvParams& params, const ParallelFor& parallel_for) {
+    run(params, parallel_for, false);
+}
+void conv_bwd_cpu(const ConvParams& params, const ParallelFor& parallel_for) {
+    run(params, parallel_for, true);
+}
 
 }  // namespace hope

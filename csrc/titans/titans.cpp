@@ -5,8 +5,12 @@
 
 #include <tuple>
 
-#include "common/host.h"
+#include "common/cuda_host.h"
+#include "common/library.h"
 #include "titans/titans.h"
+#ifdef HOPE_WITH_CUDA
+#include "titans/titans_cuda.h"
+#endif
 
 namespace hope {
 namespace {
@@ -35,6 +39,24 @@ struct Inputs {  // keeps the tensors that Params points into
     }
 };
 
+void check_sizes_on_cuda([[maybe_unused]] at::ScalarType element, [[maybe_unused]] int64_t tokens,
+                         [[maybe_unused]] int64_t key, [[maybe_unused]] int64_t value,
+                         [[maybe_unused]] int64_t chunk_size) {
+#ifdef HOPE_WITH_CUDA
+    TORCH_CHECK_TYPE(element != at::kDouble,
+                     "q: expected float32, bfloat16 or float16 on CUDA, got float64");
+    auto size = [](const char* name, int64_t columns) {
+        TORCH_CHECK_VALUE(titans_linear_cuda_supports(columns), name,
+                          ": expected a head size of 16, 32, 64 or 128 on CUDA, got ", columns);
+    };
+    size("q", key), size("v", value);
+    TORCH_CHECK_VALUE(tokens <= kMostTokensOnCuda, "q: expected at most ", kMostTokensOnCuda,
+                      " tokens on CUDA, got ", tokens);
+    TORCH_CHECK_VALUE(chunk_size < int64_t{1} << 31, "chunk_size: expected less than 2**31, got ",
+                      chunk_size);
+#endif
+}
+
 Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
               const optional<Tensor>& momentum, const optional<Tensor>& decay,
               const Tensor& weights, const optional<Tensor>& momenta,
@@ -59,12 +81,16 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
                           ", got ", tensor->device());
         return *tensor;
     };
+    if (on_cuda(q)) check_sizes_on_cuda(element, tokens, key, value, chunk_size);
     auto rows = [&](const char* name, const Tensor& tensor, int64_t columns) {
-        return with_contiguous_rows(check(name, tensor, {batch, tokens, heads, columns}, element));
+        const Tensor checked = check(name, tensor, {batch, tokens, heads, columns}, element);
+        return on_cuda(q) ? with_aligned_rows(checked) : with_contiguous_rows(checked);
     };
     auto states = [&](const char* name, const optional<Tensor>& tensor) {
         const Tensor checked = check(name, tensor, {sequences, heads, key, value}, state);
-        return tensor ? with_contiguous_matrices(checked) : checked;
+        if (!tensor) return checked;
+        const Tensor matrices = with_contiguous_matrices(checked);
+        return on_cuda(q) ? with_aligned_rows(matrices) : matrices;
     };
     Inputs in;
     in.q = rows("q", q, key), in.k = rows("k", k, key), in.v = rows("v", v, value);
@@ -96,11 +122,43 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
     if (in.position.defined()) p.position = in.position.const_data_ptr<int64_t>();
     if (cu_seqlens) {
         TORCH_CHECK_VALUE(batch == 1, "q: expected batch 1 with cu_seqlens, got ", batch);
-        in.cu_seqlens = checked_bounds(*cu_seqlens, tokens);
+        in.cu_seqlens = checked_bounds(*cu_seqlens, tokens, q.device());
         p.cu_seqlens = in.cu_seqlens.const_data_ptr<int32_t>();
     }
-    p.parallel_for = parallel_for;
     return in;
+}
+
+void run_forward(const Inputs& in) {
+    const TitansLinearParams& p = in.params;
+#ifdef HOPE_WITH_CUDA
+    if (on_cuda(in.q)) {
+        const CudaScope scope(in.q);
+        if (p.tokens == 1 && !p.cu_seqlens && !p.checkpoint_every)
+            titans_linear_step_cuda(p, scope.stream());
+        else
+            titans_linear_fwd_cuda(p, scope.stream());
+        return;
+    }
+#endif
+#ifndef HOPE_EMULATED
+    titans_linear_fwd_cpu(p, parallel_for);
+#endif
+}
+
+void run_backward(const Inputs& in) {
+    const TitansLinearParams& p = in.params;
+#ifdef HOPE_WITH_CUDA
+    if (on_cuda(in.q)) {
+        const CudaScope scope(in.q);
+        const Tensor scratch =
+            at::empty({titans_linear_bwd_cuda_scratch(p)}, in.q.options().dtype(at::kByte));
+        titans_linear_bwd_cuda(p, scratch.data_ptr(), scope.stream());
+        return;
+    }
+#endif
+#ifndef HOPE_EMULATED
+    titans_linear_bwd_cpu(p, parallel_for);
+#endif
 }
 
 int64_t checkpoint_columns(const TitansLinearParams& p) { return p.momentum.data ? 2 : 1; }
@@ -129,7 +187,7 @@ Forward titans_linear(const Tensor& q, const Tensor& k, const Tensor& v, const T
     p.o = token_tensor(o), p.checkpoints = checkpoints.data_ptr();
     p.final_weights = matrix_tensor(final_weights), p.final_anchor = matrix_tensor(final_anchor);
     if (has_momentum) p.final_momenta = matrix_tensor(final_momenta);
-    titans_linear_fwd_cpu(p);
+    run_forward(in);
     return {o, final_weights, final_momenta, final_anchor, checkpoints};
 }
 
@@ -164,8 +222,9 @@ Backward titans_linear_backward(const optional<Tensor>& d_o,
     auto of_state = [&](const char* name, const optional<Tensor>& gradient) {
         return checked_gradient(name, gradient, state, in.weights.scalar_type(), q.device());
     };
-    const Tensor from_o = checked_gradient("d_o", d_o, v.sizes(), q.scalar_type(), q.device()),
-                 from_weights = of_state("d_weights", d_final_weights),
+    Tensor from_o = checked_gradient("d_o", d_o, v.sizes(), q.scalar_type(), q.device());
+    if (from_o.defined() && on_cuda(q)) from_o = with_aligned_rows(from_o);
+    const Tensor from_weights = of_state("d_weights", d_final_weights),
                  from_momenta = of_state("d_momenta", momentum ? d_final_momenta : std::nullopt),
                  from_anchor = of_state("d_anchor", d_final_anchor);
     p.d_o = token_tensor(from_o);
@@ -177,23 +236,28 @@ Backward titans_linear_backward(const optional<Tensor>& d_o,
            d_v = in.empty_tokens(p.value_dim);
     Tensor d_lr = in.empty_gates(), d_momentum = in.empty_gates(has_momentum),
            d_decay = in.empty_gates(has_decay);
-    Tensor d_weights = in.empty_states(), d_momenta = in.empty_states(momenta.has_value()),
-           d_anchor = in.empty_states(anchor.has_value());
+    // The CUDA kernels keep gradients in these between launches, whether or not anybody asks.
+    const bool keeps = on_cuda(q);
+    Tensor d_weights = in.empty_states(),
+           d_momenta = in.empty_states(momenta.has_value() || (keeps && has_momentum)),
+           d_anchor = in.empty_states(anchor.has_value() || keeps);
     p.d_q = token_tensor(d_q), p.d_k = token_tensor(d_k), p.d_v = token_tensor(d_v),
     p.d_lr = token_tensor(d_lr);
     if (has_momentum) p.d_momentum = token_tensor(d_momentum);
     if (has_decay) p.d_decay = token_tensor(d_decay);
     p.d_weights = matrix_tensor(d_weights);
-    if (momenta) p.d_momenta = matrix_tensor(d_momenta);
-    if (anchor) p.d_anchor = matrix_tensor(d_anchor);
-    titans_linear_bwd_cpu(p);
+    if (d_momenta.numel()) p.d_momenta = matrix_tensor(d_momenta);
+    if (d_anchor.numel()) p.d_anchor = matrix_tensor(d_anchor);
+    run_backward(in);
+    if (!momenta) d_momenta = in.empty_states(false);
+    if (!anchor) d_anchor = in.empty_states(false);
     return {d_q, d_k, d_v, d_lr, d_momentum, d_decay, d_weights, d_momenta, d_anchor};
 }
 
 }  // namespace
 }  // namespace hope
 
-TORCH_LIBRARY_IMPL(hope, CPU, library) {
+HOPE_OPERATORS(library) {
     library.impl("titans_linear", &hope::titans_linear);
     library.impl("titans_linear_backward", &hope::titans_linear_backward);
 }

@@ -38,8 +38,6 @@ struct TitansLinearParams {
     MatrixTensor d_final_weights, d_final_momenta, d_final_anchor;  // [N, H, K, V]
     TokenTensor d_q, d_k, d_v, d_lr, d_momentum, d_decay;
     MatrixTensor d_weights, d_momenta, d_anchor;
-
-    ParallelFor parallel_for;
 };
 
 // Checkpoints are taken at the start of every checkpoint_every-th chunk of a sequence, its first
@@ -50,7 +48,7 @@ inline int64_t titans_checkpoint_slots(int64_t all_tokens, int64_t sequences, in
     return all_tokens / span + sequences;
 }
 
-void titans_linear_fwd_cpu(const TitansLinearParams& params);
-void titans_linear_bwd_cpu(const TitansLinearParams& params);
+void titans_linear_fwd_cpu(const TitansLinearParams& params, const ParallelFor& parallel_for);
+void titans_linear_bwd_cpu(const TitansLinearParams& params, const ParallelFor& parallel_for);
 
 }  // namespace hope

@@ -26,10 +26,10 @@ Variant variant() {
     return {baseline::titans_linear_tasks<T>, baseline::titans_linear_scratch_bytes<T>};
 }
 
-void run(const TitansLinearParams& params, bool backward) {
+void run(const TitansLinearParams& params, bool backward, const ParallelFor& parallel_for) {
     const Variant use = params.element == Element::float64 ? variant<double>() : variant<float>();
     const size_t bytes = static_cast<size_t>(use.scratch_bytes(params, backward));
-    run_tasks(params.parallel_for, params.sequences * params.heads, bytes,
+    run_tasks(parallel_for, params.sequences * params.heads, bytes,
               [&](int64_t begin, int64_t end, void* scratch) {
                   use.tasks(params, backward, begin, end, scratch);
               });
@@ -37,7 +37,11 @@ void run(const TitansLinearParams& params, bool backward) {
 
 }  // namespace
 
-void titans_linear_fwd_cpu(const TitansLinearParams& params) { run(params, false); }
-void titans_linear_bwd_cpu(const TitansLinearParams& params) { run(params, true); }
+void titans_linear_fwd_cpu(const TitansLinearParams& params, const ParallelFor& parallel_for) {
+    run(params, false, parallel_for);
+}
+void titans_linear_bwd_cpu(const TitansLinearParams& params, const ParallelFor& parallel_for) {
+    run(params, true, parallel_for);
+}
 
 }  // namespace hope

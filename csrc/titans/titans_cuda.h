@@ -1,0 +1,31 @@
+// The CUDA kernels' contract with the host code, beside titans.h; no torch, no CUDA headers.
+// `stream` is a cudaStream_t of the current device.
+#pragma once
+#include "titans/titans.h"
+
+namespace hope {
+
+// The head sizes there are kernels for, D and D_v alike.
+constexpr bool titans_linear_cuda_supports(int64_t size) {
+    return size == 16 || size == 32 || size == 64 || size == 128;
+}
+
+// Tokens are counted in 32 bits.
+constexpr int64_t kMostTokensOnCuda = int64_t{1} << 30;
+
+// Rows q, k, v, o (and their gradients) begin at multiples of 16 bytes. cu_seqlens may hold
+// anything: tokens of no sequence are left as they are.
+void titans_linear_fwd_cuda(const TitansLinearParams& params, void* stream);
+
+// One token for every sequence, without checkpoints and cu_seqlens. Final states may be the given
+// ones, to be updated in place.
+void titans_linear_step_cuda(const TitansLinearParams& params, void* stream);
+
+// Bytes of scratch memory for the backward. It does not grow with the number of tokens beyond
+// what fills the device.
+int64_t titans_linear_bwd_cuda_scratch(const TitansLinearParams& params);
+
+// d_momenta and d_anchor are wanted whenever there is momentum, and always.
+void titans_linear_bwd_cuda(const TitansLinearParams& params, void* scratch, void* stream);
+
+}  // namespace hope
