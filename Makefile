@@ -27,6 +27,8 @@ help:
 	echo 'make test     checks of style and architecture, and all tests'
 	echo 'make bench    time the operators'
 	echo 'make profile  show where the time of an operator goes'
+	echo 'make mutate   break the CUDA kernels line by line, and list what no test notices'
+	echo 'make gpu      on a machine with a GPU: build for it, verify and time everything there'
 	echo 'make lint     ruff and clang-format; make format mends what they can'
 	echo 'make clean    remove what was built, and keep the environment'
 
@@ -41,6 +43,14 @@ bench: $(built)
 
 profile: $(built)
 	$(python) -m benchmarks.ops --op titans --profile $(ARGS)
+
+# Long: ARGS="FILE... --minutes 30". Not part of CI.
+mutate: $(built)
+	PYTHONPATH=.:tests $(python) tests/emulator/mutate.py $(ARGS)
+
+# Offline, with what is installed: it makes no environment, and says what is missing.
+gpu:
+	$(or $(wildcard $(python)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 lint: $(dependencies)
 	$(python) -m ruff check .
@@ -79,4 +89,4 @@ build/.settings: FORCE
 	mkdir -p build && echo '$(settings)' | cmp -s - $@ || echo '$(settings)' >$@
 
 FORCE:
-.PHONY: help train test bench profile lint format clean FORCE
+.PHONY: help train test bench profile mutate gpu lint format clean FORCE

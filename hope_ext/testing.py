@@ -5,11 +5,13 @@ A `Case` makes the keyword arguments of a public function. `backend` chooses wha
 function:
 
     reference   the definition in plain PyTorch (hope_ext.reference), on whatever device and dtype
-    the inputs have
+                the inputs have
     rounded     its chunked form, with the operands of every product rounded to a 16-bit dtype: what
-    a kernel of that
-                dtype may err by
-    cpu         the C++ kernels
+                a kernel of that dtype may err by
+    cpu, cuda   the kernels for the device that the inputs are on
+    emulated    the CUDA kernels on CPU tensors, in a library that tests/emulator builds and
+                `use_emulated` loads: the same host code and the same .cu files, compiled by a C++
+                compiler
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,17 +43,35 @@ class Case:
     make: Callable[[torch.dtype, str], dict[str, Any]]
     tiny: bool = False  # small enough for gradcheck
     everything: str = "return_state"  # the argument that makes it return its final state too
+    cuda: bool = True  # there are CUDA kernels for these sizes
 
     def __str__(self) -> str:
         return f"{self.stem}-{self.name}"
+
+    def runs_on(self, backend: str) -> bool:
+        """Whether a backend has these sizes: only CUDA's kernels are choosy."""
+        return self.cuda or backend not in ("cuda", "emulated")
+
+
+BACKENDS = ("reference", "rounded", "cpu", "cuda", "emulated")
+_EMULATED = "hope_emulated"  # csrc/common/library.h
+
+
+def use_emulated(library: Path | str) -> None:
+    """Loads the library that `backend("emulated")` runs; once in a process."""
+    _load.load_library(_EMULATED, library)
 
 
 @contextlib.contextmanager
 def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[None]:
     """Public functions run on this backend inside the block."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     with contextlib.ExitStack() as stack:
         if name in ("reference", "rounded"):
-            stack.enter_context(_load.forced_reference())
+            stack.enter_context(_load.forced(_load.REFERENCE))
+        if name == "emulated":
+            stack.enter_context(_load.forced(_EMULATED))
         if name == "rounded":
             rounded = functools.partial(
                 titans_reference.titans_linear_chunked, product_dtype=product_dtype
@@ -180,9 +201,14 @@ def titans_flops(
     return tokens * heads * (forward + (22 * state + 5 * scores if backward else 0))
 
 
+CUDA_HEAD_SIZES = {16, 32, 64, 128}  # key and value sizes, csrc/titans/titans_cuda.h
+
+
 def _titans(name: str, *, tiny: bool = False, **options: Any) -> Case:
     make = functools.partial(titans_inputs, **options)
-    return Case("titans", name, hope_ext.titans_memory, make, tiny)
+    sizes = {options.get(name, 16) for name in ("key", "value")}
+    cuda = sizes <= CUDA_HEAD_SIZES
+    return Case("titans", name, hope_ext.titans_memory, make, tiny, cuda=cuda)
 
 
 _TINY: dict[str, Any] = {"batch": 1, "tokens": 5, "heads": 2, "key": 3, "value": 2, "chunk_size": 3}
@@ -240,15 +266,42 @@ CASES: tuple[Case, ...] = (
     _titans("wide-keys", key=64, value=16),
     _titans("odd-sizes", key=5, value=7, heads=3),
     _titans("head-128", batch=1, heads=1, tokens=70, key=128, value=128, chunk_size=64),
+    _titans("chunk-of-128", tokens=150, chunk_size=128, value=32),
+    _titans("keys-32-values-128", batch=1, key=32, value=128, chunk_size=32),
+    _titans("keys-128-values-32", batch=1, heads=1, key=128, value=32, chunk_size=32),
+    # States are kept at every third chunk or so: the backward has several stretches to go over.
+    _titans("stretches", batch=1, tokens=140, key=64, value=64),
+    _titans("stretches-no-momentum", batch=1, tokens=100, key=64, value=128, momentum=False),
+    _titans(
+        "stretches-packed", batch=1, tokens=150, heads=1, key=64, value=32,
+        bounds=[0, 50, 50, 150], positions=[7, 5, 0],
+    ),
     _titans("carried", positions=[5, 16]),
     _titans("carried-before", positions=[15, 33], read="before"),
     _titans("carried-chunk", positions=[3, 31], read="chunk"),
     _titans("carried-one-token", positions=[15, 3], tokens=1),
+    _titans(
+        "carried-one-token-32", batch=16, tokens=1, positions=8 * [31, 3],
+        key=32, value=64, chunk_size=32,
+    ),
+    _titans(
+        "carried-one-token-64", batch=16, tokens=1, positions=8 * [32, 3],
+        key=64, value=16, read="before",
+    ),
+    _titans(
+        "carried-one-token-128", batch=16, tokens=1, positions=8 * [7, 3],
+        key=128, value=32, read="chunk",
+    ),
     _titans("carried-no-token", positions=[16, 3], tokens=0),
     _titans("carried-no-momentum", positions=[9, 2], momentum=False),
+    _titans("carried-in-a-long-chunk", tokens=150, chunk_size=128, positions=[70, 5]),
     _titans("carried-tiny", tiny=True, positions=[2], **_TINY),
     _titans("packed", batch=1, tokens=50, bounds=[0, 7, 7, 39, 40, 50]),
     _titans("packed-carried", batch=1, tokens=50, bounds=[0, 7, 39, 50], positions=[3, 16, 31]),
+    _titans(
+        "packed-long-chunks", batch=1, tokens=200, chunk_size=128,
+        bounds=[0, 70, 71, 200], positions=[100, 127, 3],
+    ),
     _titans("packed-tiny", tiny=True, **_TINY, bounds=[0, 1, 5], positions=[2, 1]),
     _titans("packed-nothing", batch=1, tokens=0, bounds=[0]),
 )  # fmt: skip

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from emulator import build, library
+
+from hope_ext import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -13,3 +19,31 @@ ROOT = Path(__file__).resolve().parent.parent
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def emulator() -> None:
+    """The emulator can run here; only a build without CUDA excuses that it cannot."""
+    try:
+        build.require("plain")
+    except build.Unavailable as missing:
+        if torch.version.cuda is None or os.environ.get("HOPE_CUDA") == "0":
+            pytest.skip(str(missing))
+        raise
+
+
+@pytest.fixture(scope="session")
+def emulated(emulator) -> None:
+    """The backend "emulated" is there; HOPE_EMULATED_LIBRARY names another build of it."""
+    testing.use_emulated(os.environ.get("HOPE_EMULATED_LIBRARY") or library.make())
+
+
+@pytest.fixture
+def backend(request) -> Iterator[str]:
+    """One of `backends.BACKENDS`, on which public functions run during the test."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine")
+    with testing.backend(request.param):
+        yield request.param

@@ -5,19 +5,24 @@ import math
 
 import pytest
 import torch
+from backends import close, device_of, each_backend, each_backend_and_dtype, finest
 from torch import Tensor
 from torch.nn import functional as F
 
 import hope_ext
+from hope_ext import _load
 from hope_ext.testing import conv_inputs
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Long enough for three of the kernel's blocks of tokens, wide enough for two of channels.
 SIZES = {"tokens": 150, "channels": 150}
 
 
-def make(dtype=torch.float64, **options):
-    return conv_inputs(dtype, "cpu", **options)
+def make(backend="cpu", dtype=None, **options):
+    return conv_inputs(dtype or finest(backend), device_of(backend), **options)
+
+
+def make_float32(**options):
+    return make(dtype=torch.float32, **options)
 
 
 def pieces(arguments, cuts):
@@ -34,7 +39,7 @@ def pieces(arguments, cuts):
 
 def silu(x: Tensor) -> Tensor:
     """SiLU of the numbers x [n], by a convolution of width 1."""
-    weight = torch.ones(1, 1, dtype=torch.promote_types(x.dtype, torch.float32))
+    weight = torch.ones(1, 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return hope_ext.causal_conv(x[None, :, None], weight, activation="silu").flatten()
 
 
@@ -49,10 +54,10 @@ each_cuts = pytest.mark.parametrize(
 
 @each_cuts
 @pytest.mark.parametrize("activation", ["none", "silu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_split_anywhere(dtype, activation, cuts):
+@each_backend_and_dtype
+def test_split_anywhere(backend, dtype, activation, cuts):
     """With the tail carried, pieces have the bits of one call."""
-    arguments = make(dtype, activation=activation, tail=True, **SIZES)
+    arguments = make(backend, dtype, activation=activation, tail=True, **SIZES)
     whole, last = hope_ext.causal_conv(**arguments, return_tail=True)
     outputs, tail = pieces(arguments, cuts)
     assert torch.equal(torch.cat(outputs, 1), whole)
@@ -61,9 +66,10 @@ def test_split_anywhere(dtype, activation, cuts):
 
 @each_cuts
 @pytest.mark.parametrize("width", [1, 4, 9])
-def test_gradients_flow_through_a_carried_tail(width, cuts):
+@each_backend
+def test_gradients_flow_through_a_carried_tail(backend, width, cuts):
     """Also through pieces shorter than the tail, whose tails hold inputs of several pieces."""
-    arguments = make(width=width, tail=True, **SIZES)
+    arguments = make(backend, width=width, tail=True, **SIZES)
     inputs = [arguments[name].requires_grad_() for name in ("x", "weight", "tail")]
 
     def gradients(outputs, tail):
@@ -73,26 +79,29 @@ def test_gradients_flow_through_a_carried_tail(width, cuts):
     whole, last = hope_ext.causal_conv(**arguments, return_tail=True)
     expected = gradients([whole], last)
     for a, b in zip(gradients(*pieces(arguments, cuts)), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        close(a, b)
 
 
-def test_a_tail_is_the_last_inputs():
-    arguments = make(tail=True, width=4, tokens=2)
+@each_backend
+def test_a_tail_is_the_last_inputs(backend):
+    arguments = make(backend, tail=True, width=4, tokens=2)
     _, tail = hope_ext.causal_conv(**arguments, return_tail=True)
     assert torch.equal(tail, torch.cat((arguments["tail"], arguments["x"]), 1)[:, -3:])
 
 
-def test_no_tail_is_a_tail_of_zeros():
-    arguments = make()
-    zeros = torch.zeros(2, 3, 24, dtype=torch.float64)
+@each_backend
+def test_no_tail_is_a_tail_of_zeros(backend):
+    arguments = make(backend)
+    zeros = arguments["x"].new_zeros(2, 3, 24)
     assert torch.equal(
         hope_ext.causal_conv(**arguments), hope_ext.causal_conv(**arguments, tail=zeros)
     )
 
 
-def test_gradient_of_the_tail_alone():
+@each_backend
+def test_gradient_of_the_tail_alone(backend):
     """A loss that sees only the returned tail: its gradient is that of a copy."""
-    arguments = make(tail=True, width=5, tokens=3)
+    arguments = make(backend, tail=True, width=5, tokens=3)
     inputs = [arguments[name].requires_grad_() for name in ("x", "weight", "tail")]
     _, tail = hope_ext.causal_conv(**arguments, return_tail=True)
     cotangent = torch.randn_like(tail)
@@ -103,10 +112,10 @@ def test_gradient_of_the_tail_alone():
 
 
 @pytest.mark.parametrize("with_tail", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_sequences_are_each_alone(dtype, with_tail):
+@each_backend_and_dtype
+def test_packed_sequences_are_each_alone(backend, dtype, with_tail):
     bounds = [0, 2, 2, 67, 68, 150]
-    arguments = make(dtype, batch=1, bounds=bounds, tail=with_tail, **SIZES)
+    arguments = make(backend, dtype, batch=1, bounds=bounds, tail=with_tail, **SIZES)
     y, last = hope_ext.causal_conv(**arguments, return_tail=True)
     x, tails = arguments.pop("x"), arguments.pop("tail", None)
     del arguments["cu_seqlens"]
@@ -124,26 +133,28 @@ def test_packed_sequences_are_each_alone(dtype, with_tail):
 
 @pytest.mark.parametrize("width", [1, 2, 4, 64])
 @pytest.mark.parametrize("activation", ["none", "silu"])
-def test_torchs_own_convolution(width, activation):
+@each_backend
+def test_torchs_own_convolution(backend, width, activation):
     """torch.nn.functional.conv1d with a group per channel, zeros in front; gradients too."""
-    arguments = make(width=width, activation=activation, **SIZES)
+    arguments = make(backend, width=width, activation=activation, **SIZES)
     x, weight = inputs = [arguments[name].requires_grad_() for name in ("x", "weight")]
     z = F.conv1d(F.pad(x.mT, (width - 1, 0)), weight[:, None], groups=x.shape[2]).mT
     expected = F.silu(z) if activation == "silu" else z
     y = hope_ext.causal_conv(**arguments)
-    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+    close(y, expected)
     cotangent = torch.randn_like(y)
     for a, b in zip(
         torch.autograd.grad(y, inputs, cotangent),
         torch.autograd.grad(expected, inputs, cotangent),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        close(a, b)
 
 
-def test_causal():
+@each_backend
+def test_causal(backend):
     """Token 70 changes itself and the K - 1 after it, and no other channel."""
-    arguments = make(width=4, **SIZES)
+    arguments = make(backend, width=4, **SIZES)
     before = hope_ext.causal_conv(**arguments)
     arguments["x"][0, 70, 33] += 1
     changed = (hope_ext.causal_conv(**arguments) != before).nonzero().tolist()
@@ -151,19 +162,22 @@ def test_causal():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_16_bit_number_passes(dtype):
+@each_backend
+def test_every_16_bit_number_passes(backend, dtype):
     """A weight of 1 changes none of the 65536: subnormal ones, infinities and NaN included."""
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1024, 64)
-    y = hope_ext.causal_conv(x, torch.ones(64, 1))
+    numbers = torch.arange(-(2**15), 2**15, device=device_of(backend))
+    x = numbers.to(torch.int16).view(dtype).view(1, 1024, 64)
+    y = hope_ext.causal_conv(x, x.new_ones(64, 1, dtype=torch.float32))
     torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- SiLU ---------------------------------------------------------------------------------------
 
 
-def test_silu_is_accurate():
+@each_backend
+def test_silu_is_accurate(backend):
     """In float32, to 3 ulp where it is not tiny; so are the terms of its derivative."""
-    x = torch.linspace(-100, 100, 400_001).requires_grad_()
+    x = torch.linspace(-100, 100, 400_001, device=device_of(backend)).requires_grad_()
     exact = x.detach().double().requires_grad_()
     y, truth = silu(x), F.silu(exact)
     (d_x,) = torch.autograd.grad(y.sum(), x)
@@ -175,27 +189,28 @@ def test_silu_is_accurate():
     assert ((d_x.double() - d_truth).abs() <= 3 * ulp * scale + 2e-36).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_silu_far_out(dtype):
+@each_backend_and_dtype
+def test_silu_far_out(backend, dtype):
     """The line x on one side and 0 on the other, derivatives 1 and 0; exactly 0 at 0."""
-    x = torch.tensor([1e4, -1e4, 100, -100, 0], dtype=dtype, requires_grad=True)
+    on = {"dtype": dtype, "device": device_of(backend)}
+    x = torch.tensor([1e4, -1e4, 100, -100, 0], **on, requires_grad=True)
     y = silu(x)
     (d_x,) = torch.autograd.grad(y.sum(), x)
     far = {"rtol": 0, "atol": 1e-30}
     torch.testing.assert_close(y, x.detach().relu(), **far)
-    torch.testing.assert_close(d_x, torch.tensor([1, 0, 1, 0, 0.5], dtype=dtype), **far)
+    torch.testing.assert_close(d_x, torch.tensor([1, 0, 1, 0, 0.5], **on), **far)
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_stays_in_its_channel_and_window(dtype, bad, activation):
+@each_backend_and_dtype
+def test_what_is_not_finite_stays_in_its_channel_and_window(backend, dtype, bad, activation):
     """Never masked: the K outputs that see it are not finite (NaN if it is); all else is as before.
 
     Backward the channel's weights have no finite gradient, nor, through SiLU, the inputs that share
     an output with it.
     """
-    arguments = make(dtype, width=4, batch=2, activation=activation, **SIZES)
+    arguments = make(backend, dtype, width=4, batch=2, activation=activation, **SIZES)
     clean = hope_ext.causal_conv(**arguments)
     arguments["x"][1, 62, 33] = bad  # its window reaches into the next block of tokens
     inputs = [arguments[name].requires_grad_() for name in ("x", "weight")]
@@ -217,6 +232,7 @@ def test_what_is_not_finite_stays_in_its_channel_and_window(dtype, bad, activati
 # ---- torch --------------------------------------------------------------------------------------
 
 
+@each_backend
 @pytest.mark.parametrize(
     "options",
     [
@@ -227,17 +243,20 @@ def test_what_is_not_finite_stays_in_its_channel_and_window(dtype, bad, activati
     ],
     ids=["silu", "tail", "packed", "bfloat16"],
 )
-def test_opcheck(options):
-    a = make(**{"dtype": torch.float32, "tokens": 20, **options})
+def test_opcheck(backend, options):
+    a, operators = (
+        make(backend, **{"dtype": torch.float32, "tokens": 20, **options}),
+        _load.operators(),
+    )
     inputs = [a["x"], a["weight"], a.get("tail")]
     rest = (a.get("cu_seqlens"), a["activation"])
-    y, tail = torch.ops.hope.conv(*inputs, *rest)
+    y, tail = operators.conv(*inputs, *rest)
     for cotangents in ((torch.randn_like(y), torch.randn_like(tail)), (torch.randn_like(y), None)):
-        torch.library.opcheck(torch.ops.hope.conv_backward, (*cotangents, *inputs, *rest))
+        torch.library.opcheck(operators.conv_backward, (*cotangents, *inputs, *rest))
     for x in inputs:
         if x is not None:
             x.requires_grad_()
-    torch.library.opcheck(torch.ops.hope.conv, (*inputs, *rest))
+    torch.library.opcheck(operators.conv, (*inputs, *rest))
 
 
 def test_compiled_with_dynamic_shapes():
@@ -246,7 +265,7 @@ def test_compiled_with_dynamic_shapes():
         hope_ext.causal_conv, fullgraph=True, dynamic=True, backend="aot_eager"
     )
     for length in (20, 33, 70):
-        a = make(torch.float32, tokens=length, tail=True)
+        a = make_float32(tokens=length, tail=True)
         inputs = [a[name].requires_grad_() for name in ("x", "weight", "tail")]
         results = []
         for function in (compiled, hope_ext.causal_conv):
@@ -259,7 +278,7 @@ def test_compiled_with_dynamic_shapes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_changes_nothing(dtype):
     """x is what a projection gave, and its dtype decides; the weight stays float32."""
-    arguments = make(dtype, tail=True)
+    arguments = make(dtype=dtype, tail=True)
     expected = hope_ext.causal_conv(**arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, tail = hope_ext.causal_conv(**arguments, return_tail=True)
@@ -269,7 +288,7 @@ def test_autocast_changes_nothing(dtype):
 
 def test_nothing_is_kept_but_the_inputs():
     """The backward computes the sums under SiLU again."""
-    arguments = make(torch.float32, tail=True)
+    arguments = make_float32(tail=True)
     inputs = [arguments[name].requires_grad_() for name in ("x", "weight", "tail")]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -368,7 +387,7 @@ def _bad(error, match, **changes):
     ],
 )
 def test_refuses(error, match, changes):
-    arguments = make(torch.float32, tail=True)
+    arguments = make_float32(tail=True)
     for name, change in changes.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
     with pytest.raises(error, match=match):
@@ -379,7 +398,7 @@ def test_refuses(error, match, changes):
 def test_refuses_bad_bounds(bounds):
     bounds = torch.tensor(bounds, dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to T = 37"):
-        hope_ext.causal_conv(**make(torch.float32, batch=1), cu_seqlens=bounds)
+        hope_ext.causal_conv(**make_float32(batch=1), cu_seqlens=bounds)
 
 
 def test_refuses_bad_bounds_in_compiled_code():
@@ -387,12 +406,13 @@ def test_refuses_bad_bounds_in_compiled_code():
     compiled = torch.compile(hope_ext.causal_conv, fullgraph=True, backend="aot_eager")
     bounds = torch.tensor([0, 20, 36], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to T = 37"):
-        compiled(**make(torch.float32, batch=1), cu_seqlens=bounds)
+        compiled(**make_float32(batch=1), cu_seqlens=bounds)
 
 
-def test_the_operator_itself_protects_memory():
+@each_backend
+def test_the_operator_itself_protects_memory(backend):
     """Callers of torch.ops pass the public function's checks by."""
-    a = make(torch.float32, tail=True)
+    a, operators = make(backend, torch.float32, tail=True), _load.operators()
     x, weight, tail = a["x"], a["weight"], a["tail"]
     for match, arguments in {
         "weight: expected 24 channels": (x, weight[1:], None, None, "silu"),
@@ -402,4 +422,4 @@ def test_the_operator_itself_protects_memory():
         "activation: unknown value 'gelu'": (x, weight, None, None, "gelu"),
     }.items():
         with pytest.raises((TypeError, ValueError), match=match):
-            torch.ops.hope.conv(*arguments)
+            operators.conv(*arguments)

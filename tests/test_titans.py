@@ -9,17 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import all_close, close, device_of, each_backend, finest
 from torch.utils import _pytree
 
 import hope_ext
-from hope_ext import testing
+from hope_ext import _load, testing
 from hope_ext.testing import titans_inputs
 
 TOKENS = ("q", "k", "v", "lr", "momentum", "decay")
 
 
-def make(dtype=torch.float64, **options):
-    return titans_inputs(dtype, "cpu", **options)
+def make(backend="cpu", dtype=None, **options):
+    return titans_inputs(dtype or finest(backend), device_of(backend), **options)
+
+
+def make_float32(**options):
+    return make(dtype=torch.float32, **options)
 
 
 def tokens(arguments, where):
@@ -30,23 +35,15 @@ def tokens(arguments, where):
     }
 
 
-def close(a, b, **options):
-    torch.testing.assert_close(a, b, **{"rtol": 1e-10, "atol": 1e-12, **options})
-
-
-def assert_same_state(a, b):
-    for x, y in zip(_pytree.tree_leaves(a), _pytree.tree_leaves(b), strict=True):
-        close(x, y)
-
-
 # ---- carried states and packed sequences --------------------------------------------------------
 
 
+@each_backend
 @pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize("read", ["after", "before", "chunk"])
 @pytest.mark.parametrize("cuts", [[16], [1, 2, 5, 31, 32, 33], list(range(1, 37)), [0, 37]])
-def test_split_anywhere(momentum, read, cuts):
-    arguments = make(momentum=momentum, read=read, positions=[5, 16])
+def test_split_anywhere(backend, momentum, read, cuts):
+    arguments = make(backend, momentum=momentum, read=read, positions=[5, 16])
     whole, final = hope_ext.titans_memory(**arguments, return_state=True)
     state, pieces = arguments.pop("state"), []
     for begin, end in zip([0, *cuts], [*cuts, 37], strict=True):
@@ -55,12 +52,13 @@ def test_split_anywhere(momentum, read, cuts):
         )
         pieces.append(piece)
     close(torch.cat(pieces, 1), whole)
-    assert_same_state(state, final)
+    all_close(state, final)
     assert state.position.tolist() == [5 + 37, 16 + 37]
 
 
-def test_gradients_flow_through_a_carried_state():
-    arguments = make()
+@each_backend
+def test_gradients_flow_through_a_carried_state(backend):
+    arguments = make(backend)
     names = [n for n in TOKENS if arguments[n] is not None]
     inputs = [arguments[n].requires_grad_() for n in names] + [
         arguments["weights"][0].requires_grad_()
@@ -86,11 +84,14 @@ def test_detached_state_truncates_the_gradient():
     assert not any(
         x.requires_grad for x in _pytree.tree_leaves(detached) if isinstance(x, torch.Tensor)
     )
-    assert_same_state(detached, state.to("cpu"))
+    all_close(detached, state.to("cpu"))
 
 
-def test_packed_sequences_are_each_alone():
-    arguments = make(batch=1, tokens=50, bounds=[0, 7, 7, 39, 40, 50], positions=[3, 5, 16, 31, 0])
+@each_backend
+def test_packed_sequences_are_each_alone(backend):
+    arguments = make(
+        backend, batch=1, tokens=50, bounds=[0, 7, 7, 39, 40, 50], positions=[3, 5, 16, 31, 0]
+    )
     out, final = hope_ext.titans_memory(**arguments, return_state=True)
     bounds, state = arguments.pop("cu_seqlens").tolist(), arguments.pop("state")
     for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
@@ -99,13 +100,14 @@ def test_packed_sequences_are_each_alone():
             **tokens(arguments, slice(begin, end)), state=row, return_state=True
         )
         close(out[:, begin:end], alone)
-        assert_same_state(_pytree.tree_map(lambda x, i=i: x[i : i + 1], final), alone_state)
+        all_close(_pytree.tree_map(lambda x, i=i: x[i : i + 1], final), alone_state)
 
 
-def test_anchor_equals_weights_at_a_chunk_boundary():
-    _, state = hope_ext.titans_memory(**make(tokens=32), return_state=True)
+@each_backend
+def test_anchor_equals_weights_at_a_chunk_boundary(backend):
+    _, state = hope_ext.titans_memory(**make(backend, tokens=32), return_state=True)
     assert torch.equal(state.anchor[0], state.weights[0])
-    _, state = hope_ext.titans_memory(**make(tokens=33), return_state=True)
+    _, state = hope_ext.titans_memory(**make(backend, tokens=33), return_state=True)
     assert not torch.equal(state.anchor[0], state.weights[0])
 
 
@@ -125,9 +127,10 @@ def test_another_chunk_size_is_fine_at_a_boundary_of_both():
 # ---- special cases ------------------------------------------------------------------------------
 
 
-def test_delta_rule():
+@each_backend
+def test_delta_rule(backend):
     """chunk_size 1, no gates: DeltaNet's S_t = S_{t-1} - lr_t k_t^T (k_t S_{t-1} - v_t)."""
-    a = make(chunk_size=1, momentum=False, decay=False)
+    a = make(backend, chunk_size=1, momentum=False, decay=False)
     w = a["weights"][0].expand(2, -1, -1, -1)
     expected = []
     for t in range(37):
@@ -137,25 +140,27 @@ def test_delta_rule():
     close(hope_ext.titans_memory(**a), torch.stack(expected, 1))
 
 
+@each_backend
 @pytest.mark.parametrize("chunk_size", [1, 16, 64])
-def test_gated_linear_attention(chunk_size):
+def test_gated_linear_attention(backend, chunk_size):
     """dot, no momentum: W_t = (1 - decay_t) W_{t-1} + lr_t k_t^T v_t, whatever the chunk size."""
-    a = make(chunk_size=chunk_size, momentum=False, objective="dot")
+    a = make(backend, chunk_size=chunk_size, momentum=False, objective="dot")
     keep = (1 - a["decay"]).log().cumsum(1)  # [B, T, H]
     ratio = (keep[:, :, None] - keep[:, None]).exp() * a["lr"][:, None]  # [B, t, s, H]
-    causal = torch.ones(37, 37, dtype=torch.float64).tril()
+    causal = a["lr"].new_ones(37, 37).tril()
     scores = torch.einsum("bthd,bshd->btsh", a["q"], a["k"]) * ratio * causal[None, :, :, None]
     start = torch.einsum("bthk,hkv->bthv", a["q"], a["weights"][0]) * keep.exp()[..., None]
     close(hope_ext.titans_memory(**a), start + torch.einsum("btsh,bshv->bthv", scores, a["v"]))
 
 
-def test_ttt_linear_dual_form():
+@each_backend
+def test_ttt_linear_dual_form(backend):
     """No momentum, no decay: TTT's dual form (arXiv 2407.04620, section 2.5) for the linear model
     without its norm.
 
     With G_t = lr_t (k_t W_0 - v_t) per chunk: O = Q W_0 - tril(Q K^T) G and W_0 <- W_0 - K^T G.
     """
-    a = make(tokens=48, momentum=False, decay=False)
+    a = make(backend, tokens=48, momentum=False, decay=False)
     w, expected = a["weights"][0].expand(2, -1, -1, -1), []
     for begin in range(0, 48, 16):
         q, k, v = (a[n][:, begin : begin + 16].transpose(1, 2) for n in ("q", "k", "v"))
@@ -167,23 +172,25 @@ def test_ttt_linear_dual_form():
     close(state.weights[0], w)
 
 
-def test_gates_at_their_ends():
+@each_backend
+def test_gates_at_their_ends(backend):
     """momentum 0 is no momentum, decay 0 no decay; decay 1 forgets all but the token's own step."""
-    a = make()
+    a = make(backend)
     zero = torch.zeros_like(a["lr"])
     close(
         hope_ext.titans_memory(**{**a, "momentum": zero, "decay": zero}),
         hope_ext.titans_memory(**{**a, "momentum": None, "decay": None}),
     )
-    a = make(momentum=False, chunk_size=1, objective="dot")
+    a = make(backend, momentum=False, chunk_size=1, objective="dot")
     out = hope_ext.titans_memory(**{**a, "decay": torch.ones_like(zero)})
     close(out, (a["lr"] * (a["q"] * a["k"]).sum(-1))[..., None] * a["v"])
 
 
+@each_backend
 @pytest.mark.parametrize("read", ["after", "before", "chunk"])
-def test_causal(read):
+def test_causal(backend, read):
     """Later tokens change nothing; "before" does not see the token itself."""
-    a = make(read=read)
+    a = make(backend, read=read)
     b = {**a, "v": torch.cat((a["v"][:, :20], torch.randn_like(a["v"][:, 20:])), 1)}
     x, y = hope_ext.titans_memory(**a), hope_ext.titans_memory(**b)
     assert torch.equal(x[:, :20], y[:, :20])
@@ -191,9 +198,10 @@ def test_causal(read):
     assert not torch.equal(x[:, 32:], y[:, 32:])
 
 
+@each_backend
 @pytest.mark.parametrize("name", ["q", "k", "v", "lr", "momentum", "decay"])
-def test_nan_stays_in_its_batch_row_and_head(name):
-    a = make(torch.float32, batch=3, heads=3)
+def test_nan_stays_in_its_batch_row_and_head(backend, name):
+    a = make(backend, torch.float32, batch=3, heads=3)
     clean = hope_ext.titans_memory(**a)
     a[name][1, 4, 1] = torch.nan
     inputs = [a[n].requires_grad_() for n in TOKENS]
@@ -208,11 +216,13 @@ def test_nan_stays_in_its_batch_row_and_head(name):
 # ---- torch --------------------------------------------------------------------------------------
 
 
+@each_backend
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": False, "decay": False}, {"positions": [3, 16]}]
 )
-def test_opcheck(options):
-    a = make(torch.float32, tokens=20, **options)
+def test_opcheck(backend, options):
+    a = make(backend, torch.float32, tokens=20, **options)
+    operators = _load.operators()
     state = a.get("state")
     start = a["weights"][0].expand(2, -1, -1, -1).clone() if state is None else state.weights[0]
     inputs = [a[n] for n in TOKENS]
@@ -221,22 +231,22 @@ def test_opcheck(options):
     for x in inputs:
         if x is not None and x.is_floating_point():
             x.requires_grad_()
-    torch.library.opcheck(torch.ops.hope.titans_linear, (*inputs, None, 16, "l2", "after", 2))
+    torch.library.opcheck(operators.titans_linear, (*inputs, None, 16, "l2", "after", 2))
     with torch.no_grad():
-        *out, checkpoints = torch.ops.hope.titans_linear(*inputs, None, 16, "l2", "after", 2)
+        *out, checkpoints = operators.titans_linear(*inputs, None, 16, "l2", "after", 2)
     cotangents = [torch.randn_like(x) for x in out]
     if a["momentum"] is None:
         cotangents[2] = None
     detached = [x if x is None else x.detach() for x in inputs]
     torch.library.opcheck(
-        torch.ops.hope.titans_linear_backward,
+        operators.titans_linear_backward,
         (*cotangents, *detached, None, checkpoints, 16, "l2", "after", 2),
     )
 
 
 def test_autocast():
     """q, k, v go to the autocast dtype; gates and weights to float32."""
-    a = make(torch.float32)
+    a = make_float32()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = hope_ext.titans_memory(**a)
         mixed = hope_ext.titans_memory(**{**a, "v": a["v"].bfloat16(), "lr": a["lr"].bfloat16()})
@@ -251,7 +261,7 @@ def test_compiled_with_dynamic_shapes():
         hope_ext.titans_memory, fullgraph=True, dynamic=True, backend="aot_eager"
     )
     for length in (20, 33, 70):
-        a = make(torch.float32, tokens=length)
+        a = make_float32(tokens=length)
         out, state = compiled(**a, return_state=True)
         expected, expected_state = hope_ext.titans_memory(**a, return_state=True)
         torch.testing.assert_close(out, expected)
@@ -263,7 +273,7 @@ def test_state_is_a_pytree():
     _, state = hope_ext.titans_memory(**make(), return_state=True)
     leaves, structure = _pytree.tree_flatten(state)
     assert len(leaves) == 4
-    assert_same_state(_pytree.tree_unflatten(leaves, structure), state)
+    all_close(_pytree.tree_unflatten(leaves, structure), state)
 
 
 def test_memory_grows_with_inputs_only():
@@ -293,7 +303,7 @@ def test_lesser_instruction_sets(isa):
     code = (
         "import sys; sys.path.insert(0, 'tests'); import test_ops, torch\n"
         "for case in test_ops.CASES:\n"
-        "    test_ops.test_exact_in_float64(case, 'cpu')\n"
+        "    test_ops.test_exact_in_float64(case)\n"
         "    test_ops.test_as_good_as_torch(case, torch.float32, 'cpu')\n"
         "    test_ops.test_poison(case, 'cpu')\n"
     )
@@ -398,7 +408,7 @@ def _bad(error, match, **changes):
     ],
 )
 def test_refuses(error, match, changes):
-    arguments = make(torch.float32)
+    arguments = make_float32()
     for name, change in changes.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
     with pytest.raises(error, match=match):
@@ -407,7 +417,7 @@ def test_refuses(error, match, changes):
 
 @pytest.mark.parametrize("bounds", [[0, 20], [1, 37], [0, 30, 20, 37], [0, 40, 37], [-1, 37]])
 def test_refuses_bad_bounds(bounds):
-    arguments = make(torch.float32, batch=1)
+    arguments = make_float32(batch=1)
     bounds = torch.tensor(bounds, dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to T = 37"):
         hope_ext.titans_memory(**arguments, cu_seqlens=bounds)
@@ -418,27 +428,26 @@ def test_refuses_bad_bounds_in_compiled_code():
     compiled = torch.compile(hope_ext.titans_memory, fullgraph=True, backend="aot_eager")
     bounds = torch.tensor([0, 20, 36], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to T = 37"):
-        compiled(**make(torch.float32, batch=1), cu_seqlens=bounds)
+        compiled(**make_float32(batch=1), cu_seqlens=bounds)
 
 
-def test_the_operator_itself_protects_memory():
+@each_backend
+def test_the_operator_itself_protects_memory(backend):
     """A caller of torch.ops with a gradient of the wrong shape gets an error, not other memory."""
-    a = make(torch.float32)
+    a, operators = make(backend, torch.float32), _load.operators()
     start = a["weights"][0].expand(2, -1, -1, -1)
     tensors = [*(a[n] for n in TOKENS), start, None, None, None, None]
     options = (16, "l2", "after", 1)
-    o, *_, checkpoints = torch.ops.hope.titans_linear(*tensors, *options)
+    o, *_, checkpoints = operators.titans_linear(*tensors, *options)
     for gradients in ([o[:, 1:], None, None, None], [None, start[:1], None, None]):
         with pytest.raises(ValueError, match="expected shape"):
-            torch.ops.hope.titans_linear_backward(*gradients, *tensors, checkpoints, *options)
+            operators.titans_linear_backward(*gradients, *tensors, checkpoints, *options)
     with pytest.raises(ValueError, match="checkpoints: not those of this forward"):
-        torch.ops.hope.titans_linear_backward(
-            o, None, None, None, *tensors, checkpoints[1:], *options
-        )
+        operators.titans_linear_backward(o, None, None, None, *tensors, checkpoints[1:], *options)
 
 
 def test_refuses_states_that_do_not_fit():
-    a = make(torch.float32)
+    a = make_float32()
     _, state = hope_ext.titans_memory(**a, return_state=True)
     with pytest.raises(
         ValueError, match="state: expected one made without momentum, like this call"
@@ -455,9 +464,10 @@ def test_refuses_states_that_do_not_fit():
         )
 
 
-def test_finite_at_the_extremes_of_the_gates():
+@each_backend
+def test_finite_at_the_extremes_of_the_gates(backend):
     """Retention that underflows within a chunk, and momentum 1, stay exact: nothing is divided."""
-    a = make(torch.float32, chunk_size=64, tokens=128, batch=1)
+    a = make(backend, torch.float32, chunk_size=64, tokens=128, batch=1)
     for decay, momentum in ((1.0, 0.0), (1.0 - 1e-7, 1.0), (0.0, 1.0), (0.999, 0.001)):
         gates = {
             "decay": torch.full_like(a["lr"], decay),

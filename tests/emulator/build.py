@@ -8,7 +8,8 @@ four variants:
 * ``races``: ThreadSanitizer over the kernels, every CUDA thread a thread of its own;
 * ``ucontext``: plain with the portable fiber switch that other processors than x86-64 use.
 
-Results are kept in ``build/emulator`` under a hash of all that went into them.
+Results are kept in ``build/emulator`` under a hash of all that went into them: the compiler, its
+command, the source and every header that it includes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,9 +172,12 @@ def _launcher(variant: str) -> tuple[str, ...]:
 # ---- building ----------------------------------------------------------------------------------
 
 
-def _flags(source: Path, variant: str, include: Iterable[Path], defines: Iterable[str]) -> list:
-    flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    flags += ["-Wno-psabi", *_machine_flags(), f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+def _flags(
+    source: Path, variant: str, include: Iterable[Path], defines: Iterable[str], csrc: Path
+) -> list[str]:
+    level = "-O1" if variant == "address" else "-O2"  # its checks make optimising slow
+    flags = ["-std=c++17", level, "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-Wno-psabi", *_machine_flags(), f"-I{HERE}", f"-I{csrc}"]
     if supports("-fno-gnu-unique"):  # a shared object's statics are its own
         flags.append("-fno-gnu-unique")
     flags += [part for folder in (*include, *cuda_include()) for part in ("-isystem", str(folder))]
@@ -182,41 +188,72 @@ def _flags(source: Path, variant: str, include: Iterable[Path], defines: Iterabl
             flags.append("-ftrivial-auto-var-init=pattern")
     # The engine stands for the hardware and is never instrumented, but it tells the sanitizers what
     # it does. The race detector looks at kernels only.
-    if variant in _SANITIZE:
+    watched = variant in _SANITIZE and (variant == "address" or source.suffix == ".cu")
+    if watched or (variant in _SANITIZE and source in ENGINE):
         flags.append(f"-DEMULATOR_{variant.upper()}")
-    if source not in ENGINE and (variant == "address" or source.suffix == ".cu"):
-        flags += _SANITIZE.get(variant, [])
+    if watched and source not in ENGINE:
+        flags += _SANITIZE[variant]
     if source.name == "fiber.cpp" and (variant == "ucontext" or platform.machine() != "x86_64"):
         flags.append("-DEMULATOR_UCONTEXT")
     return flags
 
 
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
 @functools.cache
-def _headers_digest() -> str:
-    digest = hashlib.sha256()
-    for folder in (ROOT / "csrc", HERE):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh"):
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+def _file_digest(path: str, size: int, changed: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _cached(key: object, suffix: str, command: list[str]) -> Path:
-    """The file that ``command`` + ``-o FILE`` makes, made once for each key."""
-    digest = hashlib.sha256(repr((key, command)).encode()).hexdigest()
-    output = CACHE / f"{digest[:32]}{suffix}"
-    messages = output.with_suffix(output.suffix + ".log")
-    if output.exists():
-        return output
+def _object(command: list[str], inputs: Iterable[str]) -> Path | None:
+    """Where the object is kept that the command makes of these files, None if one is gone."""
+    digests = []
+    for path in inputs:
+        try:
+            stat = os.stat(path)
+            digests.append(_file_digest(path, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            return None
+    return CACHE / f"{_digest(_compiler_version(), command, digests)}.o"
+
+
+def _read_dependencies(file: Path) -> list[str]:
+    """The files that a compilation has read, from what ``-MD`` wrote."""
+    _, _, names = file.read_text().replace("\\\n", " ").partition(": ")
+    return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", names) if name]
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing: other processes may be reading."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+        temporary.write(text)
+    os.replace(temporary.name, file)
+
+
+def _compile(command: list[str], known: Path) -> Path | None:
+    """Runs the compiler and notes what it has read; None if some of that was edited meanwhile."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # then renamed: readers see all of it
-        made = Path(folder, "made")
-        run = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        if run.returncode:
-            raise CompileError(f"{' '.join(command)}\n{run.stderr}")
-        messages.write_text(run.stderr)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        made, read, begin = Path(folder, "made.o"), Path(folder, "made.d"), time.time()
+        said = _run([*command, "-MD", "-MF", str(read), "-o", str(made)])
+        inputs = _read_dependencies(read)
+        output = _object(command, inputs)
+        if output is None or any(begin < os.stat(f).st_mtime < time.time() for f in inputs):
+            return None
+        _write(known, "\n".join(inputs))
+        _write(output.with_suffix(".o.log"), said)
         os.replace(made, output)
     return output
+
+
+def _run(command: list[str]) -> str:
+    """Runs the compiler or the linker; returns its warnings."""
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise CompileError(f"{' '.join(command)}\n{run.stderr}")
+    return run.stderr
 
 
 def compile_object(
@@ -225,12 +262,19 @@ def compile_object(
     *,
     include: Iterable[Path] = (),
     defines: Iterable[str] = (),
+    flags: Iterable[str] = (),
+    csrc: Path = ROOT / "csrc",
 ) -> Path:
     """Compiles one source; the compiler's warnings lie beside the result, in ``<result>.log``."""
     require(variant)
-    command = [compiler(), *_flags(source, variant, include, defines), "-c", str(source)]
-    key = (_compiler_version(), _headers_digest(), source.read_bytes())
-    return _cached(key, ".o", command)
+    command = [compiler(), *_flags(source, variant, include, defines, csrc), *flags]
+    command += ["-c", str(source)]
+    # Which headers the command reads is known from its last run, and is the same until one changes.
+    known = CACHE / f"{_digest(_compiler_version(), command)}.inputs"
+    output = _object(command, known.read_text().splitlines()) if known.exists() else None
+    while output is None or not output.exists():
+        output = _compile(command, known)
+    return output
 
 
 def build(
@@ -240,40 +284,52 @@ def build(
     shared: bool = False,
     include: Iterable[Path] = (),
     defines: Iterable[str] = (),
+    flags: Iterable[str] = (),
+    csrc: Path = ROOT / "csrc",
     link: Iterable[str] = (),
 ) -> Path:
     """Builds a program, or with ``shared`` a shared object, from sources and the emulator.
 
     Args:
         sources: ``.cu`` files are kernels; ``.cpp`` files are host code, which the race detector
-            does not look at. Include paths are ``csrc`` and this folder.
+            does not look at; ``.o`` files, from ``compile_object``, are linked as they are.
         variant: one of ``VARIANTS``.
-        include: further folders for headers, such as torch's.
+        include: further folders for headers, such as torch's; this folder and ``csrc`` are there.
         defines: macros, ``NAME`` or ``NAME=VALUE``.
+        flags: further arguments for the compiler.
+        csrc: where the project's own headers are.
         link: arguments for the linker.
 
     Raises:
         Unavailable: the machine lacks what the variant needs.
         CompileError: with the compiler's output.
     """
-    include, defines = list(include), list(defines)
+    options = {"include": list(include), "defines": list(defines), "flags": list(flags)}
+    sources = [Path(source) for source in sources]
     require(variant)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tasks = [
-            *[pool.submit(compile_object, s, variant) for s in ENGINE],
-            *[
-                pool.submit(compile_object, Path(s), variant, include=include, defines=defines)
-                for s in sources
-            ],
+        tasks = [pool.submit(compile_object, source, variant) for source in ENGINE]
+        tasks += [
+            pool.submit(compile_object, source, variant, csrc=csrc, **options)
+            for source in sources
+            if source.suffix != ".o"
         ]
         objects = [str(task.result()) for task in tasks]
+    objects += [str(source) for source in sources if source.suffix == ".o"]
     command = [compiler(), *_SANITIZE.get(variant, []), *(["-shared"] if shared else []), *objects]
-    return _cached(_compiler_version(), ".so" if shared else "", [*command, *link, "-lpthread"])
+    command += [*link, "-lpthread"]
+    output = CACHE / f"{_digest(_compiler_version(), command)}{'.so' if shared else ''}"
+    if not output.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder, "made")
+            _run([*command, "-o", str(made)])
+            os.replace(made, output)
+    return output
 
 
-def warnings(source: Path, variant: str = "plain") -> str:
-    """What the compiler said about a source."""
-    return compile_object(source, variant).with_suffix(".o.log").read_text()
+def warnings(source: Path, variant: str = "plain", **options: Iterable[str]) -> str:
+    """What the compiler said about a source; options are those of ``compile_object``."""
+    return compile_object(source, variant, **options).with_suffix(".o.log").read_text()
 
 
 # ---- running -----------------------------------------------------------------------------------
@@ -316,6 +372,7 @@ def run(
     seed: int = 1,
     preload: bool = False,
     extra: Mapping[str, str] | None = None,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a build, or a program that loads it; stdout and stderr come back together, in stdout."""
     return subprocess.run(
@@ -324,5 +381,5 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )

@@ -27,7 +27,6 @@ namespace emulator {
 namespace {
 
 constexpr size_t kSharedAlignment = 1024;
-constexpr size_t kSharedLimit = 227 << 10;  // of compute capability 9.0
 constexpr unsigned kMaxThreads = 1024, kMaxGridYZ = 65535;
 constexpr int kBarriers = 16;
 #ifdef EMULATOR_ADDRESS
@@ -35,6 +34,21 @@ constexpr size_t kRedZones = 64 * kRedZone;  // room for them beyond the limit
 #else
 constexpr size_t kRedZones = 0;
 #endif
+// Blocks are run by crews of fibers. To ThreadSanitizer a fiber is a thread, which does not race
+// with itself, nor with those it has met at a barrier: it sees the races between blocks of
+// different crews. New fibers for every block would take it longer than running them.
+#ifdef EMULATOR_RACES
+constexpr unsigned kCrews = 3;
+#else
+constexpr unsigned kCrews = 1;
+#endif
+
+// The sum of the digits: for any distance, most blocks so far apart have different crews.
+unsigned crew_of(uint64_t block) {
+    unsigned digits = 0;
+    for (; kCrews > 1 && block; block /= kCrews) digits += block % kCrews;
+    return digits % kCrews;
+}
 
 enum class State { ready, collective, barrier, late, done };
 
@@ -71,8 +85,11 @@ struct Barrier {
     char sync[2];
 };
 
-struct Engine {  // one per operating-system thread that launches
-    std::vector<std::unique_ptr<Thread>> threads;
+// One per operating-system thread that launches.
+struct Engine {
+    std::vector<std::unique_ptr<Thread>> threads;  // of the block
+    std::vector<std::unique_ptr<Thread>> resting[kCrews];
+    unsigned crew = 0;
     std::vector<Warp> warps;
     Barrier barriers[kBarriers];
     std::map<const void*, void*> static_arrays;
@@ -204,7 +221,9 @@ std::string describe(const Thread& thread) {
 
 std::string describe(Site site) { return site.file + (":" + std::to_string(site.line)); }
 
-bool same_line(Site a, Site b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
+bool same_line(Site a, Site b) {
+    return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file));
+}
 
 std::string deadlock_report() {
     struct Group {
@@ -265,23 +284,26 @@ void run_block() {
         e.threads.clear();  // their stacks are abandoned half-way
         std::rethrow_exception(std::exchange(e.error, nullptr));
     }
-#ifdef EMULATOR_RACES
-    e.threads.clear();  // every block gets new threads, so that races between blocks are seen
-#endif
+    for (auto& thread : e.threads) e.resting[e.crew].push_back(std::move(thread));
+    e.threads.clear();
 }
 
-void prepare(int threads, uint3 block, size_t shared_bytes, uint64_t seed) {
+void prepare(int threads, uint3 block, size_t shared_bytes, uint64_t seed, unsigned crew) {
     Engine& e = *engine;
+    e.crew = crew;
     e.main.fiber.adopt_thread();
     e.shared_bytes = shared_bytes;
     e.ready_warps = 0;
     e.random = seed ? seed * 0x9e3779b97f4a7c15 | 1 : 0;
     e.warps.assign((threads + 31) / 32, Warp{});
-    if (static_cast<int>(e.threads.size()) > threads) e.threads.resize(threads);
+    auto& resting = e.resting[e.crew];
     while (static_cast<int>(e.threads.size()) < threads) {
-        auto thread = std::make_unique<Thread>();
-        thread->fiber.start(fiber_main);
-        e.threads.push_back(std::move(thread));
+        if (resting.empty()) {
+            resting.push_back(std::make_unique<Thread>());
+            resting.back()->fiber.start(fiber_main);
+        }
+        e.threads.push_back(std::move(resting.back()));
+        resting.pop_back();
     }
     for (unsigned rank = 0; rank < e.threads.size(); rank++) {
         Thread& thread = *e.threads[rank];
@@ -291,12 +313,14 @@ void prepare(int threads, uint3 block, size_t shared_bytes, uint64_t seed) {
     }
 }
 
+}  // namespace
+
 uint64_t environment(const char* name, uint64_t otherwise) {
     const char* text = std::getenv(name);
     return text ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
-}  // namespace
+size_t shared_limit() { return environment("EMULATOR_SHARED_BYTES", 227 << 10) + kRedZones; }
 
 // ---- what kernels call -------------------------------------------------------------------------
 
@@ -421,7 +445,7 @@ void run(uint3 grid, uint3 block, size_t shared_bytes, void (*thread)(const void
         throw Error(format("launch: a block of (%u,%u,%u) threads", block.x, block.y, block.z));
     if (blocks < 1 || grid.x > INT32_MAX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
         throw Error(format("launch: a grid of (%u,%u,%u) blocks", grid.x, grid.y, grid.z));
-    if (shared_bytes > kSharedLimit + kRedZones)
+    if (shared_bytes > shared_limit())
         throw Error(format("launch: %zu bytes of shared memory", shared_bytes));
     if (engine && engine->running) throw Error("launch: called by a kernel");
 
@@ -441,7 +465,8 @@ void run(uint3 grid, uint3 block, size_t shared_bytes, void (*thread)(const void
                 blockIdx = {static_cast<unsigned>(i % grid.x),
                             static_cast<unsigned>(i / grid.x % grid.y),
                             static_cast<unsigned>(i / grid.x / grid.y)};
-                prepare(static_cast<int>(threads), block, shared_bytes, seed ? seed + i : 0);
+                prepare(static_cast<int>(threads), block, shared_bytes, seed ? seed + i : 0,
+                        crew_of(i));
                 run_block();
             }
         } catch (...) {

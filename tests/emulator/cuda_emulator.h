@@ -61,6 +61,13 @@ void defer(std::function<void()> effect, Site site);
 void commit();
 void wait_group(int groups_left);
 
+// A setting of the environment, read at every call.
+uint64_t environment(const char* name, uint64_t otherwise);
+
+// What a block may have of shared memory: $EMULATOR_SHARED_BYTES, else that of compute capability
+// 9.0; with room for red zones under AddressSanitizer.
+size_t shared_limit();
+
 constexpr size_t kRedZone = 64;
 void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes);

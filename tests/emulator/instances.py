@@ -1,0 +1,129 @@
+"""Runs every instance of the CUDA kernels in the emulator and compares with the definition.
+
+    python instances.py LIBRARY [--bounds FILE] [--seeds 1 2 3] [--match REGEX]
+
+LIBRARY is one of ``library.make``, in a process that its variant can run in (``build.run`` with
+``preload``). For every dtype and key dimension there are a few small cases, each on another device:
+how values are divided into columns, how many stages a pipeline has and how much a window holds
+follows from the device. The first case that fails ends it with its name and status 1. What the
+definitions give is kept in FILE, since sanitizers slow Python down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from backends import NARROW
+from laws import assert_as_good_as_torch, evaluate, torchs_errors
+
+import hope_ext
+from hope_ext import testing
+from hope_ext.testing import Case
+
+# Settings of tests/emulator/cuda_runtime.cpp.
+IDLE = {"EMULATOR_MULTIPROCESSORS": "1000"}  # few value columns in a block
+BUSY = {"EMULATOR_MULTIPROCESSORS": "1"}  # as many as there can be
+SMALL = {  # little shared memory, hardly any cache
+    dtype: {
+        "EMULATOR_MULTIPROCESSORS": "1",
+        "EMULATOR_SHARED_BYTES": str((144 if dtype == torch.float32 else 104) << 10),
+        "EMULATOR_L2_BYTES": "1",
+    }
+    for dtype in NARROW
+}
+
+
+class Instance(NamedTuple):
+    case: Case
+    dtype: torch.dtype
+    device: dict[str, str]
+    trains: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.case}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def _titans(name: str, **options) -> Case:
+    make = functools.partial(testing.titans_inputs, heads=4, **options)
+    return Case("titans", name, hope_ext.titans_memory, make)
+
+
+def _conv(name: str, **options) -> Case:
+    make = functools.partial(testing.conv_inputs, tail=True, **options)
+    return Case("conv", name, hope_ext.causal_conv, make, everything="return_tail")
+
+
+def instances() -> Iterator[Instance]:
+    for dtype in NARROW:
+        for key, value, other in ((16, 64, 16), (32, 16, 128), (64, 128, 32), (128, 32, 64)):
+            size = {"key": key, "value": value}
+            yield Instance(
+                _titans(f"chunks-{key}x{value}", batch=1, tokens=41, **size), dtype, BUSY
+            )
+            steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
+            yield Instance(_titans(f"step-{key}x{value}", **steps, **size), dtype, BUSY, False)
+            # Two segments in a chunk, or more; the second sequence goes on inside one.
+            packed = {"bounds": [0, 20, 110], "positions": [0, 70]}
+            yield Instance(
+                _titans(f"packed-{key}x{other}", batch=1, tokens=110, key=key, value=other,
+                        chunk_size=80, read="before", **packed),
+                dtype,
+                SMALL[dtype],
+            )  # fmt: skip
+        size = {"key": 16, "value": 32}
+        for read in ("before", "chunk"):
+            plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
+            yield Instance(_titans(f"plain-{read}", batch=1, tokens=33, **plain), dtype, IDLE)
+        for width in (2, 3, 4, 1, 9):
+            packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
+            yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
+        yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--bounds", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--match", default="")
+    options = parser.parse_args()
+    testing.use_emulated(options.library)
+    kept = options.bounds and options.bounds.exists()
+    bounds = torch.load(options.bounds, weights_only=False) if kept else {}
+    for instance in instances():
+        name, (case, dtype, device, trains) = str(instance), instance
+        arguments = case.make(dtype, "cpu")
+        if options.bounds and not kept:
+            bounds[name] = torchs_errors(case, arguments, dtype, trains=trains)
+        if not re.search(options.match, name):
+            continue
+        bound = bounds.get(name) or torchs_errors(case, arguments, dtype, trains=trains)
+        for seed in options.seeds:
+            settings = {**device, "EMULATOR_SEED": str(seed)}
+            before = {setting: os.environ.get(setting) for setting in settings}
+            os.environ.update(settings)
+            print(f"{name}, seed {seed}", end=": ", flush=True)
+            begin = time.monotonic()
+            results = evaluate(case, arguments, "emulated", trains=trains)
+            assert_as_good_as_torch(results, bound)
+            print(f"{time.monotonic() - begin:.1f} s")
+            for setting, value in before.items():
+                os.environ.pop(setting, None)
+                if value is not None:
+                    os.environ[setting] = value
+    if options.bounds and not kept:
+        torch.save(bounds, options.bounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

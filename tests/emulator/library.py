@@ -1,0 +1,62 @@
+"""The project's CUDA operators in the emulator, as a library that torch loads.
+
+It has the schemas and the host code of the extension, and the CUDA kernels behind them, as
+``torch.ops.hope_emulated`` on CPU tensors. ``hope_ext.testing.use_emulated`` loads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import build_config
+from emulator import build
+
+LIBRARIES = ("c10", "torch_cpu")
+
+
+def options() -> dict[str, list[str]]:
+    """How its sources are compiled."""
+    defines = ["HOPE_EMULATED", "HOPE_WITH_CUDA"]
+    return {"defines": defines, "flags": [build_config.cxx_standard(torch)]}
+
+
+def kernels() -> list[Path]:
+    """The CUDA sources of every operator."""
+    sources = [build.ROOT / source for source in build_config.cuda_sources()]
+    return [source for source in sources if source.parent.name != "selftest"]
+
+
+def make(
+    variant: str = "plain",
+    *,
+    instead: Mapping[Path, Path] | None = None,
+    csrc: Path = build.ROOT / "csrc",
+) -> Path:
+    """Builds the library.
+
+    Args:
+        variant: of the kernels, see ``build``; sanitizers do not look at the host code.
+        instead: other files for some of ``kernels()``. What headers define comes from these.
+        csrc: where they find the project's headers.
+
+    Raises:
+        build.Unavailable, build.CompileError
+    """
+    compiled = functools.partial(build.compile_object, **options())
+    include, libraries = build_config.torch_dirs(torch)
+    host = [build.ROOT / source for source in build_config.host_sources()]
+    instead = instead or {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The linker keeps the first of equal inline functions.
+        tasks = [pool.submit(compiled, other, variant, csrc=csrc) for other in instead.values()]
+        tasks += [pool.submit(compiled, source, include=include) for source in host]
+        tasks += [pool.submit(compiled, s, variant) for s in kernels() if s not in instead]
+        objects = [task.result() for task in tasks]
+    link = [f"-L{libraries}", *(f"-l{library}" for library in LIBRARIES)]
+    return build.build(objects, variant, shared=True, link=link)

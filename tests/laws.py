@@ -1,0 +1,109 @@
+"""How a case is evaluated, and how exact it has to be: for tests/test_ops.py and the emulator's
+checks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from hope_ext import testing
+from hope_ext.testing import Case
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def float_leaves(tree) -> list[Tensor]:
+    return [x for x in _pytree.tree_leaves(tree) if is_float(x)]
+
+
+def returning_everything(case: Case, arguments: dict) -> dict:
+    return {**arguments, case.everything: True}
+
+
+def evaluate(
+    case: Case,
+    arguments: dict,
+    backend: str,
+    product_dtype: torch.dtype | None = None,
+    *,
+    trains: bool = True,
+) -> list[tuple[str, Tensor]]:
+    """All outputs, final states and gradients of one random scalar of them, named.
+
+    Outputs twice, since kernels go other ways where nobody differentiates; once if not `trains`.
+    """
+    arguments = _pytree.tree_map(
+        lambda x: x.detach().requires_grad_() if is_float(x) else x, arguments
+    )
+    leaves = float_leaves(arguments)
+    outputs, gradients = [], []
+    with testing.backend(backend, product_dtype):
+
+        def call() -> list[Tensor]:
+            return float_leaves(case.function(**returning_everything(case, arguments)))
+
+        if trains:
+            outputs = call()
+            draw = torch.Generator().manual_seed(7)
+            cotangents = [
+                torch.randn(x.shape, generator=draw, dtype=torch.float64) for x in outputs
+            ]
+            gradients = torch.autograd.grad(
+                [x for x in outputs if x.requires_grad],
+                leaves,
+                [g.to(x) for x, g in zip(outputs, cotangents, strict=True) if x.requires_grad],
+                allow_unused=True,
+            )
+        untrained = outputs
+        if not trains or backend not in ("reference", "rounded"):
+            with torch.no_grad():
+                untrained = call()
+    results = [(f"output {i}", x.detach()) for i, x in enumerate(outputs)]
+    results += [(f"output {i} without gradient", x.detach()) for i, x in enumerate(untrained)]
+    for i, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=bool(gradients))):
+        results.append((f"gradient {i}", torch.zeros_like(leaf) if gradient is None else gradient))
+    return results
+
+
+def to_float64(tree):
+    return _pytree.tree_map(lambda x: x.double().cpu() if is_float(x) else x, tree)
+
+
+class Bound(NamedTuple):
+    """What a result may err by."""
+
+    name: str
+    truth: Tensor
+    dtype: torch.dtype
+    torchs: float  # error
+
+    @property
+    def allowed(self) -> float:
+        floor = 2 * torch.finfo(self.dtype).eps * self.truth.norm()
+        return 2 * self.torchs + floor.item() + 1e-7 * self.truth.numel() ** 0.5
+
+
+def torchs_errors(
+    case: Case, arguments: dict, dtype: torch.dtype, *, trains: bool = True
+) -> list[Bound]:
+    """The float64 definition's results, and how far torch itself is from them in this dtype."""
+    on_cpu = _pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, arguments)
+    exact = evaluate(case, to_float64(on_cpu), "reference", trains=trains)
+    own = ("reference", None) if dtype == torch.float32 else ("rounded", dtype)
+    torchs = evaluate(case, on_cpu, *own, trains=trains)
+    return [
+        Bound(name, truth, x.dtype, (x.double() - truth).norm().item())
+        for (name, truth), (_, x) in zip(exact, torchs, strict=True)
+    ]
+
+
+def assert_as_good_as_torch(results: list[tuple[str, Tensor]], bounds: list[Bound]) -> None:
+    for (name, x), bound in zip(results, bounds, strict=True):
+        assert (x.shape, x.dtype) == (bound.truth.shape, bound.dtype), name
+        error = (x.cpu().double() - bound.truth).norm().item()
+        assert error <= bound.allowed, f"{name}: error {error:.3g}, torch's {bound.torchs:.3g}"

@@ -1,0 +1,218 @@
+"""The operators' CUDA kernels in the emulator: every instance under its detectors, with a mistake
+put into it, and on devices of other sizes.
+
+The laws and the facts of each operator run there too, as the backend "emulated".
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backends import device_of
+from emulator import build, library
+from laws import evaluate
+
+import hope_ext
+from hope_ext import _check
+from hope_ext.testing import CASES, conv_inputs, titans_inputs
+
+INSTANCES = build.HERE / "instances.py"
+PYTHONPATH = {"PYTHONPATH": f"{build.ROOT}:{build.HERE.parent}"}
+ON_CUDA = [pytest.param(name, id=name) for name in ("emulated", "cuda")]
+each_cuda_backend = pytest.mark.parametrize("backend", ON_CUDA, indirect=True)
+
+
+def available(variant: str) -> str:
+    try:
+        build.require(variant)
+    except build.Unavailable as missing:
+        pytest.skip(str(missing))
+    return variant
+
+
+def python(variant: str, *command: object):
+    return build.run([sys.executable, *command], variant, preload=True, extra=PYTHONPATH)
+
+
+# ---- every instance ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bounds(emulator, tmp_path_factory) -> Path:
+    """What the definitions give for all instances."""
+    file = tmp_path_factory.mktemp("instances") / "bounds.pt"
+    run = python("plain", INSTANCES, library.make(), "--bounds", file, "--match", "^$")
+    assert run.returncode == 0, run.stdout
+    return file
+
+
+@pytest.mark.parametrize(
+    ("variant", "seeds"), [("plain", [2, 3, 4]), ("races", [1]), ("address", [1])]
+)
+def test_instances(bounds, variant, seeds):
+    """As exact as torch under any schedule, and no detector objects."""
+    made = library.make(available(variant))
+    run = python(variant, INSTANCES, made, "--bounds", bounds, "--seeds", *seeds)
+    assert run.returncode == 0, run.stdout
+
+
+def test_kernels_compile_without_warnings(emulator):
+    for kernel in library.kernels():
+        assert build.warnings(kernel, **library.options()) == "", kernel
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+PIPELINE, FORWARD = "titans_pipeline.cuh", "titans_linear_fwd_cuda.cu"
+# (variant, a line of the forward kernel, what becomes of it, parts of the report)
+MISTAKES = {
+    "no-barrier": (
+        "races",
+        r"named_barrier_sync\(kHelpersOnly, kHelpers\);  // A is complete",
+        "",
+        ["ThreadSanitizer: data race", r"pair_at\(shared_\.coefficients"],
+    ),
+    "no-wait": (
+        "plain",
+        r"wait_for_copies<[^>]*>\(ahead\);",
+        "",
+        ["without waiting for an asynchronous copy", r"cp_async_16\("],
+    ),
+    "overrun": (
+        "address",
+        r"(const Gates gates = load_gates[^;]*;)",
+        r"\1 if (helper_ == 0) shared_.gates[2 * kRows] = float2{};  // overrun",
+        ["AddressSanitizer: use-after-poison", "// overrun"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_titans_kernel_is_found(bounds, tmp_path, mistake):
+    """The report names its line; of a missing barrier, the line that should have waited."""
+    variant, pattern, replacement, (message, line) = MISTAKES[mistake]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(build.ROOT / "csrc", csrc)
+    source = csrc / "titans" / PIPELINE
+    broken, count = re.subn(pattern, replacement, source.read_text())
+    assert count == 1, f"{PIPELINE} has changed: {pattern}"
+    source.write_text(broken)
+    instead = {build.ROOT / "csrc/titans" / FORWARD: csrc / "titans" / FORWARD}
+    made = library.make(available(variant), instead=instead, csrc=csrc)
+    run = python(variant, INSTANCES, made, "--bounds", bounds, "--match", "chunks-32x16-bfloat16")
+    assert run.returncode != 0, "not noticed"
+    assert message in run.stdout, run.stdout
+    numbers = [n for n, text in enumerate(broken.splitlines(), 1) if re.search(line, text)]
+    assert any(f"{source}:{n}" in run.stdout for n in numbers), f"{numbers}\n{run.stdout}"
+
+
+# ---- the device ----------------------------------------------------------------------------------
+
+DEVICES = {
+    "in-order": {"EMULATOR_SEED": "0"},
+    "shuffled": {"EMULATOR_SEED": "7"},
+    "threads": {"EMULATOR_THREADS": "2"},
+    "one-multiprocessor": {"EMULATOR_MULTIPROCESSORS": "1"},
+    "many-multiprocessors": {"EMULATOR_MULTIPROCESSORS": "1000"},
+    "little-shared-memory": {"EMULATOR_SHARED_BYTES": str(144 << 10)},
+    "no-cache": {"EMULATOR_L2_BYTES": "1"},
+    "large-cache": {"EMULATOR_L2_BYTES": str(1 << 30)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if case.name in ("stretches", "stretches-packed", "packed-long-chunks", "blocks")
+    ],
+    ids=str,
+)
+def test_the_device_does_not_show_in_the_bits(emulated, monkeypatch, case, dtype):
+    """Neither the order of threads nor how a device's size divides the work."""
+    arguments = case.make(dtype, "cpu")
+    expected = evaluate(case, arguments, "emulated")
+    for device, settings in DEVICES.items():
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            results = evaluate(case, arguments, "emulated")
+        for (name, a), (_, b) in zip(results, expected, strict=True):
+            assert torch.equal(a, b), f"{device}: {name}"
+
+
+# ---- what CUDA's kernels do otherwise than the CPU's ---------------------------------------------
+
+
+@each_cuda_backend
+@pytest.mark.parametrize(("argument", "sizes"), [("q", {"key": 48}), ("v", {"value": 8})])
+def test_sizes_without_a_kernel_are_refused(backend, argument, sizes):
+    message = (
+        rf"{argument}: expected a head size of 16, 32, 64 or 128 on CUDA, got {sum(sizes.values())}"
+    )
+    with pytest.raises(ValueError, match=message):
+        hope_ext.titans_memory(**titans_inputs(torch.float32, device_of(backend), **sizes))
+
+
+@each_cuda_backend
+def test_float64_is_refused(backend):
+    with pytest.raises(TypeError, match="q: expected float32, bfloat16 or float16 on CUDA"):
+        hope_ext.titans_memory(**titans_inputs(torch.float64, device_of(backend)))
+    with pytest.raises(TypeError, match="x: float64 is for the CPU"):
+        hope_ext.causal_conv(**conv_inputs(torch.float64, device_of(backend)))
+
+
+@pytest.fixture
+def unchecked_bounds(monkeypatch):
+    """Nobody looks at the values of cu_seqlens, as if they were on a GPU."""
+    monkeypatch.setattr(_check, "cu_seqlens", lambda bounds, rows, like="q": len(bounds) - 1)
+
+
+PACKED = {
+    case.stem: case for case in CASES if str(case) in ("conv-packed", "titans-packed-long-chunks")
+}
+
+
+@each_cuda_backend
+@pytest.mark.parametrize("case", PACKED.values(), ids=str)
+def test_bounds_are_clamped(backend, unchecked_bounds, case):
+    arguments = case.make(torch.float32, device_of(backend))
+    expected = evaluate(case, arguments, backend)
+    for first, last in ((-7, 1000), (-(2**31), 2**31 - 1)):
+        bounds = arguments["cu_seqlens"].clone()
+        bounds[0], bounds[-1] = first, last
+        results = evaluate(case, {**arguments, "cu_seqlens": bounds}, backend)
+        for (name, a), (_, b) in zip(results, expected, strict=True):
+            assert torch.equal(a, b), name
+
+
+NONSENSE = """
+import sys
+import torch
+from laws import evaluate
+from hope_ext import _check, testing
+testing.use_emulated(sys.argv[1])
+_check.cu_seqlens = lambda bounds, rows, like="q": len(bounds) - 1
+for case in testing.CASES:
+    arguments = case.make(torch.float32, "cpu")
+    if "cu_seqlens" in arguments and case.runs_on("emulated"):
+        count = len(arguments["cu_seqlens"])
+        for seed in range(8):
+            draw = torch.Generator().manual_seed(seed)
+            bounds = torch.randint(-9, 220, (count,), generator=draw, dtype=torch.int32)
+            evaluate(case, {**arguments, "cu_seqlens": bounds}, "emulated")
+print("all done")
+"""
+
+
+def test_nonsense_in_cu_seqlens_touches_no_other_memory(emulator):
+    made = library.make(available("address"))
+    run = python("address", "-c", NONSENSE, made)
+    assert run.stdout.endswith("all done\n"), run.stdout
