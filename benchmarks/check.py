@@ -32,14 +32,15 @@ def errors(run: Callable[..., Any], arguments: dict[str, Any]) -> list[Error]:
     Allowed is, as in tests/test_ops.py, twice what the definition itself errs by in this dtype (in
     16 bits: its chunked form with rounded operands of products), and a small floor.
     """
-    dtype = arguments["q"].dtype
+    rows = next(iter(arguments.values()))  # an operator's first argument decides dtype and device
+    dtype = rows.dtype
     on_cpu = _map_tensors(Tensor.cpu, arguments)
     exact = _map_tensors(lambda x: x.double() if x.is_floating_point() else x, on_cpu)
     backend = "reference" if dtype == torch.float32 else "rounded"
     found = []
     truth = _results(run, exact, "reference")
     yardstick = _results(run, on_cpu, backend, dtype)
-    ours = _results(run, arguments, arguments["q"].device.type)
+    ours = _results(run, arguments, rows.device.type)
     for name, right in truth.items():
         x = ours[name].cpu().double()
         floor = 2 * torch.finfo(ours[name].dtype).eps * right.norm() + 1e-7 * right.numel() ** 0.5

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import hashlib
-import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +13,8 @@ from typing import Any
 import torch
 
 import hope_ext
+from benchmarks import sources
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-SCRATCH = ROOT / "build" / "benchmarks"  # for what is not worth keeping
 QUIET_LOAD = 0.5  # load average per core at the start, above which a warning is given
 QUIET_OTHERS = 0.1  # cores that other processes use during the run, likewise
 
@@ -30,7 +24,6 @@ def environment(device: str, stem: str | None = None) -> dict[str, Any]:
 
     What cannot be found out, such as the commit outside of a git checkout, is None.
     """
-    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -40,8 +33,7 @@ def environment(device: str, stem: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hope_ext": hope_ext.build_info(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else changes != "",
+        **sources.revision(),
     }
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -51,23 +43,35 @@ def environment(device: str, stem: str | None = None) -> dict[str, Any]:
             "multiprocessors": gpu.multi_processor_count,
             "memory": gpu.total_memory,
             "cuda": torch.version.cuda,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "l2_bytes": gpu.L2_cache_size,
+            "driver": _nvidia_smi("driver_version"),
         }
     if stem is not None:
-        facts["sources_sha256"] = sources_hash(stem)
+        facts["sources_sha256"] = sources.sources_hash(stem)
     return facts
 
 
-def sources_hash(stem: str) -> str:
-    """SHA-256 of everything that an operator is compiled from, names included."""
-    files = [ROOT / "hope_ext" / f"{stem}.py"]
-    for folder in (ROOT / "csrc" / stem, ROOT / "csrc" / "common"):
-        files += sorted(path for path in folder.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+def cuda_stems() -> list[str]:
+    """The operators that the loaded extension has CUDA kernels for."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    names = [name.removeprefix("hope::") for name in registered if name.startswith("hope::")]
+    return [stem for stem in sources.stems() if any(name.startswith(stem) for name in names)]
+
+
+CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+
+
+def clocks() -> dict[str, str] | None:
+    """The GPU's clocks, power and temperature now; None where nvidia-smi does not say them."""
+    line = _nvidia_smi(",".join(CLOCKS))
+    values = [value.strip() for value in (line or "").split(",")]
+    return dict(zip(CLOCKS, values, strict=True)) if len(values) == len(CLOCKS) else None
+
+
+def _nvidia_smi(query: str) -> str | None:
+    """Its answer for the first GPU that it lists."""
+    answer = sources.output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    return answer.splitlines()[0] if answer else None
 
 
 def _cpu_model() -> str:
@@ -77,19 +81,6 @@ def _cpu_model() -> str:
         return platform.processor()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints; None where there is no such command, or it fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _git(*arguments: str) -> str | None:
-    return _output("git", *arguments)
 
 
 # ---- other processes -----------------------------------------------------------------------------
@@ -138,7 +129,7 @@ def _others_cpu_seconds() -> float | None:
     return all_seconds - (own.user + own.system + own.children_user + own.children_system)
 
 
-# ---- options, files and tables -------------------------------------------------------------------
+# ---- options and tables --------------------------------------------------------------------------
 
 
 def positive(text: str) -> int:
@@ -146,20 +137,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
     return int(text)
-
-
-def dated(out: Path, name: str) -> Path:
-    """A path without suffix, `out/<date>-<name>` or with -2, -3, ... where that has a result."""
-    stem = f"{datetime.date.today().isoformat()}-{name}"
-    number = 1
-    while (out / f"{stem}{f'-{number}' * (number > 1)}.json").exists():
-        number += 1
-    return out / f"{stem}{f'-{number}' * (number > 1)}"
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -34,7 +34,7 @@ from hope import (
 from hope.config import override, to_dict
 from hope.device import choose_device
 
-from benchmarks import report
+from benchmarks import report, sources
 
 DEFAULT_PRESETS = ("tiny", "tiny-transformer", "tiny-conv-attention")
 # What must agree for two runs to read the same batches and be judged on the same text.
@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "runs": runs,
         "table": table.splitlines(),
     }
-    path = report.dated(options.out, f"train-{device}")
-    report.write_json(path.with_suffix(".json"), result)
+    path = sources.dated(options.out, f"train-{device}")
+    sources.write_json(path.with_suffix(".json"), result)
     _draw(runs, path.with_suffix(".png"))
     print(path.with_suffix(".json"))
     print(path.with_suffix(".png"))
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        default=report.RESULTS,
+        default=sources.RESULTS,
         metavar="DIRECTORY",
         help="where the JSON and the picture go (default: benchmarks/results)",
     )

@@ -7,14 +7,28 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import hope_ext
-from benchmarks import measure, ops, peers, report, titans, train
-from benchmarks.subjects import FORWARD, PASSES, TRAINING, Setting, Work
+from benchmarks import (
+    conv,
+    measure,
+    ops,
+    peers,
+    report,
+    session,
+    sources,
+    subjects,
+    titans,
+    train,
+)
+from benchmarks.measure import Pace, Samples
+from benchmarks.subjects import FORWARD, PASSES, TRAINING, Row, Setting, Work
 from hope_ext import _load
 
 TINY = "1,12,2,8,4"  # the titans benchmark's B,T,H,D,C
@@ -29,7 +43,7 @@ TRAIN = (
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """A sample is one call."""
-    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-9)
+    monkeypatch.setitem(measure.SAMPLE_SECONDS, "cpu", 1e-9)
 
 
 def run_ops(out: Path, *arguments: str) -> tuple[int, list[dict]]:
@@ -54,6 +68,7 @@ def test_a_result_holds_every_row_and_the_facts_around_it(tmp_path, capsys):
     assert {
         *("benchmark", "op", "command", "date", "device", "environment", "neighbours"),
         *("warning", "peers", "roofs", "memory", "checks", "rows", "table"),
+        *("bounds", "clocks", "left_out"),
     } == set(result)
     assert {
         *("cpu", "cores", "threads", "capability", "os", "python", "torch", "hope_ext"),
@@ -88,6 +103,41 @@ def test_a_result_holds_every_row_and_the_facts_around_it(tmp_path, capsys):
     assert "\n".join(result["table"]) in capsys.readouterr().out
 
 
+def test_the_convolution_has_rows_that_are_bound_by_memory(tmp_path, no_peers):
+    words = ("--op", "conv", "--shape", "1,20,6,3")
+    status, (result,) = run_ops(tmp_path, *words)
+    assert status == 0
+    assert list(result["roofs"]) == ["roof: copy"]
+    for direction in PASSES:
+        rows = {row["row"]: row for row in result["rows"] if row["pass"] == direction}
+        assert set(rows) == {"roof: copy", "reference", "torch conv1d", "ours"}
+        ours = rows["ours"]
+        assert ours["roof_ms"] == pytest.approx(
+            ours["work"]["bytes"] / (2 * 2**27) * rows["roof: copy"]["median_ms"]
+        )
+        assert ours["speed_ratio_to"] == "torch conv1d"
+
+
+def test_torch_and_ours_compute_the_same_convolution():
+    setting = Setting({"B": 2, "T": 9, "C": 5, "K": 3}, torch.float32, "cpu")
+    rows = (conv.reference, conv.torch_conv1d, conv.ours)
+    first, *others = (prepare(setting).forward() for prepare in rows)
+    for other in others:
+        torch.testing.assert_close(other, first)
+
+
+def test_nothing_is_begun_when_the_time_is_over(tmp_path, capsys, monkeypatch, no_peers):
+    clock = iter([0.0, *(10.0 * i for i in range(1, 100))])  # every look at it is 10 s later
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
+    run = session.Session(titans.BENCHMARK, "cpu", 2, with_memory=False, deadline=25.0)
+    run.measure(SETTING)
+    assert {(row["contest"], row["pass"]) for row in run.rows} == {
+        ("operator", direction) for direction in PASSES
+    } | {("layer", FORWARD)}
+    assert run.left_out == [f"{SETTING}: layer, forward+backward: no time left"]
+    assert "left out: B=1 T=12 H=2 D=8 C=4 float32: layer, forward+" in run.table(SETTING)
+
+
 def test_a_result_never_replaces_another(tmp_path, no_peers):
     run_ops(tmp_path)
     _, results = run_ops(tmp_path)
@@ -107,18 +157,28 @@ def test_rows_without_their_peer_say_how_to_install_it(tmp_path, capsys, no_peer
 def test_another_version_of_a_peer_is_not_measured(monkeypatch):
     assert peers.installed("hope-ext-has-no-such-peer") is None
     monkeypatch.setattr(peers, "installed", lambda peer: "0.0.1")
+    assert peers.why_not("causal-conv1d") is None  # not pinned: any will do
     assert peers.why_not("titans-pytorch") == "version 0.0.1 instead of 0.5.5: pip install .[bench]"
 
 
 def test_a_peer_that_fails_says_why_and_ours_may_not_fail(monkeypatch):
     def fail(setting):
-        raise ImportError("no module named einx")
+        raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(peers, "why_not", lambda peer: None)
-    theirs = ops.Row("theirs", fail, peer="titans-pytorch")
-    assert ops._prepare(theirs, SETTING, FORWARD) == "fails: ImportError: no module named einx"
-    with pytest.raises(ImportError):
-        ops._prepare(ops.Row("ours", fail), SETTING, FORWARD)
+    theirs = Row("theirs", fail, peer="titans-pytorch")
+    assert session.prepare(theirs, SETTING, FORWARD) == "fails: RuntimeError: no kernel image"
+    with pytest.raises(RuntimeError):
+        session.prepare(Row("ours", fail), SETTING, FORWARD)
+
+
+def test_operators_are_timed_without_the_packages_of_the_layers(tmp_path, monkeypatch, no_peers):
+    monkeypatch.setitem(sys.modules, "hope", None)
+    status, (result,) = run_ops(tmp_path)
+    assert status == 0
+    ours = [row for row in result["rows"] if row["row"] == "ours"]
+    assert ["median_ms" in row for row in ours] == [True, True, False, False]
+    assert [row.get("reason") for row in ours[2:]] == ["not installed: hope"] * 2
 
 
 def wrong_value(o: torch.Tensor) -> torch.Tensor:
@@ -187,7 +247,9 @@ def test_profile_writes_a_trace_of_each_of_our_rows(tmp_path, capsys):
     for trace in results:
         names = {event.get("name") for event in trace["traceEvents"]}
         assert {"hope::titans_linear", "hope::titans_linear_backward"} <= names
-    assert "hope::titans_linear" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "hope::titans_linear" in shown
+    assert "kernel report unavailable: it is about kernels on a GPU" in shown
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -196,13 +258,13 @@ def test_profile_writes_a_trace_of_each_of_our_rows(tmp_path, capsys):
 def test_calls_are_timed_in_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    samples = measure.in_turns(calls, {"a": 2, "b": 1}, 2, "cpu")
+    samples = measure.in_turns(calls, {"a": Pace(2), "b": Pace(1)}, 2, "cpu")
     assert order == ["a", "a", "a", "b"] * 2  # the first of a row of calls is not timed
     assert [len(s.seconds) for s in samples.values()] == [2, 2]
 
 
 def test_a_ratio_compares_within_a_turn():
-    one, other = measure.Samples([1.0, 10.0, 2.0], 1), measure.Samples([2.0, 20.0, 4.0], 1)
+    one, other = Samples([1.0, 10.0, 2.0], Pace(1)), Samples([2.0, 20.0, 4.0], Pace(1))
     assert measure.ratio(one, other) == 2.0
 
 
@@ -211,10 +273,11 @@ def test_the_slower_kind_of_work_is_the_roof():
         measure.Roof(f"{flops} {moved}", "", Work(flops, moved), lambda: lambda: None)
         for flops, moved in ((100, None), (0, 100))
     ]
-    times = {roofs[0]: measure.Samples([1.0], 1), roofs[1]: measure.Samples([2.0], 1)}
+    times = {roofs[0]: Samples([1.0], Pace(1)), roofs[1]: Samples([2.0], Pace(1))}
     assert measure.least_seconds(Work(300, 100), times) == 3.0
     assert measure.least_seconds(Work(100, 400), times) == 8.0
     assert measure.least_seconds(Work(100), times) == 1.0
+    assert measure.least_seconds(Work(0), times) == 0.0
 
 
 def allocate(setting: Setting):
@@ -223,14 +286,41 @@ def allocate(setting: Setting):
     torch.ones(2 * count, 2**22).sum()
     leaf = torch.ones((), requires_grad=True)
     work = {direction: Work(1) for direction in PASSES}
-    return ops.Subject(lambda: leaf * torch.ones(count, 2**22).sum(), (leaf,), 1, work)
+    return subjects.Subject(lambda: leaf * torch.ones(count, 2**22).sum(), (leaf,), 1, work)
 
 
 @pytest.mark.skipif(not measure.can_measure_memory("cpu"), reason="Linux's way of measuring")
 def test_peak_memory_is_that_of_the_call_alone():
     small = Setting({**SETTING.shape, "T": 4}, torch.float32, "cpu")
-    peak = measure.peak_memory(ops.Row("allocates", allocate), SETTING, TRAINING, small)
+    peak = measure.peak_on_cpu(Row("allocates", allocate), SETTING, TRAINING, small)
     assert 0.95 < peak / (3 * 2**24) < 1.05
+
+
+def test_a_pass_is_without_gradients_or_with_all_of_them():
+    leaves = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    enabled = []
+
+    def forward():
+        enabled.append(torch.is_grad_enabled())
+        return leaves[0] * leaves[1]
+
+    subject = subjects.Subject(forward, leaves, 1, {})
+    subject.call(FORWARD)()
+    assert [gradient.shape for gradient in subject.call(TRAINING)()] == [(3,), (3,)]
+    assert enabled == [False, True]
+
+
+def test_bytes_of_the_passes():
+    x, y = torch.empty(10, dtype=torch.bfloat16), torch.empty(3)
+    # Forward x, y; backward x, the gradient of y, the gradient of x.
+    assert subjects.moved([x], [y]) == {FORWARD: 20 + 12, TRAINING: (20 + 12) + (20 + 12 + 20)}
+
+
+def test_work_of_the_convolution():
+    work = conv.work(Setting({"B": 8, "T": 4096, "C": 3072, "K": 4}, torch.bfloat16, "cuda"))
+    rows, taps = 2 * 8 * 4096 * 3072, 4 * 3072 * 4
+    assert work[FORWARD] == Work(8 * 8 * 4096 * 3072, 2 * rows + taps)
+    assert work[TRAINING] == Work(4 * work[FORWARD].flops, 5 * rows + 3 * taps)
 
 
 def test_work_is_the_operators_and_grows_with_the_layers_projections():
@@ -260,16 +350,25 @@ def test_a_loaded_machine_gets_a_warning():
 
 
 def test_the_hash_of_the_sources_sees_every_byte(tmp_path, monkeypatch):
-    sources = ["hope_ext/titans.py", "csrc/titans/titans.cpp", "csrc/common/host.h"]
-    for name in sources:
+    names = ["hope_ext/titans.py", "csrc/titans/titans.cpp", "csrc/common/host.h"]
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    hashes = {report.sources_hash("titans")}
-    for name in sources:
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    hashes = {sources.sources_hash("titans")}
+    for name in names:
         (tmp_path / name).write_text(f"{name} changed")
-        hashes.add(report.sources_hash("titans"))
-    assert len(hashes) == 1 + len(sources)
+        hashes.add(sources.sources_hash("titans"))
+    assert len(hashes) == 1 + len(names)
+
+
+def test_a_copy_without_git_has_the_commit_that_it_is_told(tmp_path, monkeypatch):
+    """Also where it lies in another project's checkout."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(sources, "ROOT", tmp_path / "copy")
+    sources.ROOT.mkdir()
+    monkeypatch.setenv("HOPE_COMMIT", "abc")
+    assert sources.revision() == {"commit": "abc", "uncommitted_changes": None}
 
 
 # ---- benchmarks.train ----------------------------------------------------------------------------

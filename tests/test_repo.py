@@ -275,6 +275,8 @@ COMMANDS = {
     r"make test( HOPE_CUDA=0| PYTHON=\S+| VENV=\S+)*": CI,
     r"make (train|bench|profile)\b.*": "tests/test_build.py::test_make_runs",
     r"make( help)?": "tests/test_build.py::test_make_runs",
+    r"make gpu\b.*": "tests/test_gpu_command.py::test_make_gpu",
+    r"(\.venv/bin/)?python -m benchmarks\.status": "tests/test_gpu_command.py::test_status",
     r"make (lint|format|clean)": "tests/test_build.py::test_make_runs",
     r"pip install( -e)? \.(\[\w+\])?( --no-build-isolation)?( --no-deps)?": (
         "tests/test_build.py::test_the_wheel_ships_what_runs_and_nothing_else"
