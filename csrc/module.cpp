@@ -26,25 +26,24 @@ HOPE_SCHEMAS(m) {
     m.def(
         "conv_backward(Tensor? d_y, Tensor? d_tail, Tensor x, Tensor weight, Tensor? tail, "
         "Tensor? cu_seqlens, str activation) -> (Tensor x, Tensor weight, Tensor tail)");
-    // The linear Titans memory (docs/ops/titans.md). States are [N, H, K, V]; absent ones are
-    // returned with 0 elements.
+    // The Titans memory (docs/ops/titans.md): weights w, momenta s and anchors a of its one or two
+    // layers, [N, H, ., .]; norms are [N, H, V]. Absent ones are returned with 0 elements.
     m.def(
-        "titans_linear(Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? momentum, Tensor? decay, "
-        "Tensor weights, "
-        "Tensor? momenta, Tensor? anchor, Tensor? position, Tensor? cu_seqlens, int chunk_size, "
-        "str objective, str read, "
-        "int checkpoint_every) -> (Tensor o, Tensor weights, Tensor momenta, Tensor anchor, Tensor "
-        "checkpoints)");
+        "titans(Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? momentum, Tensor? decay, "
+        "Tensor w1, Tensor? w2, Tensor? s1, Tensor? s2, Tensor? a1, Tensor? a2, Tensor? "
+        "norm_weight, Tensor? norm_bias, Tensor? position, Tensor? cu_seqlens, int chunk_size, "
+        "str activation, bool residual, str objective, str read, float norm_eps, int "
+        "checkpoint_every) -> (Tensor o, Tensor w1, Tensor w2, Tensor s1, Tensor s2, Tensor a1,"
+        " Tensor a2, Tensor checkpoints)");
     m.def(
-        "titans_linear_backward(Tensor? d_o, Tensor? d_weights, Tensor? d_momenta, Tensor? "
-        "d_anchor, Tensor q, Tensor k, "
-        "Tensor v, Tensor lr, Tensor? momentum, Tensor? decay, Tensor weights, Tensor? momenta, "
-        "Tensor? anchor, "
-        "Tensor? position, Tensor? cu_seqlens, Tensor checkpoints, int chunk_size, str objective, "
-        "str read, "
-        "int checkpoint_every) -> (Tensor q, Tensor k, Tensor v, Tensor lr, Tensor momentum, "
-        "Tensor decay, "
-        "Tensor weights, Tensor momenta, Tensor anchor)");
+        "titans_backward(Tensor? d_o, Tensor? d_w1, Tensor? d_w2, Tensor? d_s1, Tensor? d_s2, "
+        "Tensor? d_a1, Tensor? d_a2, Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? momentum,"
+        " Tensor? decay, Tensor w1, Tensor? w2, Tensor? s1, Tensor? s2, Tensor? a1, Tensor? a2,"
+        " Tensor? norm_weight, Tensor? norm_bias, Tensor? position, Tensor? cu_seqlens, Tensor "
+        "checkpoints, int chunk_size, str activation, bool residual, str objective, str read, "
+        "float norm_eps, int checkpoint_every) -> (Tensor q, Tensor k, Tensor v, Tensor lr, "
+        "Tensor momentum, Tensor decay, Tensor w1, Tensor w2, Tensor s1, Tensor s2, Tensor a1, "
+        "Tensor a2, Tensor norm_weight, Tensor norm_bias)");
 }
 
 #ifndef HOPE_EMULATED

@@ -74,11 +74,11 @@ def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[Non
             stack.enter_context(_load.forced(_EMULATED))
         if name == "rounded":
             rounded = functools.partial(
-                titans_reference.titans_linear_chunked, product_dtype=product_dtype
+                titans_reference.titans_network_chunked, product_dtype=product_dtype
             )
             original = titans_module.reference
             stack.callback(setattr, titans_module, "reference", original)
-            titans_module.reference = type("rounded", (), {"titans_linear": staticmethod(rounded)})
+            titans_module.reference = type("rounded", (), {"titans": staticmethod(rounded)})
         yield
 
 
@@ -142,11 +142,18 @@ def titans_inputs(
     decay: bool = True,
     objective: str = "l2",
     read: str = "after",
+    hidden: int | None = None,
+    activation: str = "gelu",
+    residual: bool = True,
+    norm: bool = False,
     bounds: list[int] | None = None,
     positions: list[int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Unit keys and queries, gates in the inner loop's stable range; drawn in float64."""
+    """Unit keys and queries, gates in the inner loop's stable range; drawn in float64.
+
+    hidden: F of a deep memory; None: a linear one.
+    """
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -157,13 +164,18 @@ def titans_inputs(
         draw = torch.rand((batch, tokens, heads), generator=generator, dtype=torch.float64)
         return (high * draw).to(device, wide)
 
-    matrix = functools.partial(normal, to=wide, scale=key**-0.5)
+    sizes = [(key, value)] if hidden is None else [(key, hidden), (hidden, value)]
+
+    def memory(*leading: int) -> tuple[Tensor, ...]:
+        return tuple(normal(*leading, *size, to=wide, scale=size[0] ** -0.5) for size in sizes)
+
+    plain = hidden is None and not norm
     arguments: dict[str, Any] = {
         "q": F.normalize(normal(batch, tokens, heads, key, to=torch.float64), dim=-1).to(dtype),
         "k": F.normalize(normal(batch, tokens, heads, key, to=torch.float64), dim=-1).to(dtype),
         "v": normal(batch, tokens, heads, value),
-        "lr": uniform(2.0 / chunk_size**0.5),
-        "weights": (matrix(heads, key, value),),
+        "lr": uniform((2.0 if plain else 0.3) / chunk_size**0.5),
+        "weights": memory(heads),
         "momentum": uniform(0.9) if momentum else None,
         "decay": uniform(0.2) if decay else None,
         "chunk_size": chunk_size,
@@ -175,7 +187,7 @@ def titans_inputs(
         arguments["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
         sequences = len(bounds) - 1
     if positions is not None:
-        draw = [(matrix(sequences, heads, key, value),) for _ in range(3)]
+        draw = [memory(sequences, heads) for _ in range(3)]
         arguments["state"] = hope_ext.TitansState(
             weights=draw[0],
             momenta=draw[1] if momentum else None,
@@ -183,6 +195,14 @@ def titans_inputs(
             position=torch.tensor(positions, device=device),
             chunk_size=chunk_size,
         )
+    if not plain:
+        arguments |= {"activation": activation, "residual": residual}
+    if norm:
+        arguments["norm"] = "layer"
+        arguments["norm_weight"] = 1 + normal(heads, value, to=wide, scale=0.2)
+        arguments["norm_bias"] = normal(heads, value, to=wide, scale=0.2)
+        # Rows of few columns may have next to no variance, and then nobody's errors say anything.
+        arguments["norm_eps"] = 1e-6 if value >= 16 else 0.1
     return arguments
 
 
@@ -207,11 +227,13 @@ CUDA_HEAD_SIZES = {16, 32, 64, 128}  # key and value sizes, csrc/titans/titans_c
 def _titans(name: str, *, tiny: bool = False, **options: Any) -> Case:
     make = functools.partial(titans_inputs, **options)
     sizes = {options.get(name, 16) for name in ("key", "value")}
-    cuda = sizes <= CUDA_HEAD_SIZES
+    cuda = sizes <= CUDA_HEAD_SIZES and not {"hidden", "norm"} & set(options)
     return Case("titans", name, hope_ext.titans_memory, make, tiny, cuda=cuda)
 
 
 _TINY: dict[str, Any] = {"batch": 1, "tokens": 5, "heads": 2, "key": 3, "value": 2, "chunk_size": 3}
+
+_DEEP_TINY: dict[str, Any] = {**_TINY, "value": 3, "hidden": 4}
 
 _CONV_TINY: dict[str, Any] = {"batch": 2, "tokens": 5, "channels": 3, "width": 3}
 
@@ -304,4 +326,57 @@ CASES: tuple[Case, ...] = (
     ),
     _titans("packed-tiny", tiny=True, **_TINY, bounds=[0, 1, 5], positions=[2, 1]),
     _titans("packed-nothing", batch=1, tokens=0, bounds=[0]),
+    # Deep memories, and memories with a norm.
+    *(
+        case
+        for objective in ("l2", "dot")
+        for read in ("after", "before", "chunk")
+        for case in (
+            _titans(f"deep-{objective}-{read}", hidden=32, objective=objective, read=read),
+            _titans(
+                f"deep-{objective}-{read}-tiny",
+                tiny=True, **_DEEP_TINY, objective=objective, read=read,
+            ),
+            _titans(
+                f"norm-{objective}-{read}-tiny",
+                tiny=True, **{**_TINY, "value": 3}, norm=True, objective=objective, read=read,
+            ),
+            _titans(
+                f"deep-norm-{objective}-{read}-tiny",
+                tiny=True, **_DEEP_TINY, norm=True, objective=objective, read=read,
+                activation="silu",
+            ),
+        )
+    ),
+    _titans("deep-silu", hidden=16, activation="silu"),
+    _titans("deep-silu-tiny", tiny=True, **_DEEP_TINY, activation="silu"),
+    _titans("deep-alone-tiny", tiny=True, **_DEEP_TINY, residual=False),
+    _titans("deep-alone-norm-tiny", tiny=True, **_DEEP_TINY, residual=False, norm=True),
+    _titans("norm-alone-tiny", tiny=True, **_TINY, residual=False, norm=True),
+    _titans("deep-neither", hidden=32, momentum=False, decay=False),
+    _titans(
+        "deep-neither-tiny", tiny=True, **_DEEP_TINY, momentum=False, decay=False, read="before"
+    ),
+    _titans("deep-one-token", hidden=32, tokens=1),
+    _titans("deep-no-token", hidden=32, tokens=0),
+    _titans("deep-no-batch", hidden=32, batch=0),
+    _titans("deep-odd-sizes", key=5, value=5, hidden=7, heads=3, norm=True),
+    _titans("deep-narrow", hidden=8, key=32, value=32, residual=False),
+    _titans("deep-64", batch=1, heads=1, tokens=140, chunk_size=64, key=64, value=64, hidden=256),
+    _titans("deep-128", batch=1, heads=1, tokens=70, chunk_size=64, key=128, value=128, hidden=128),
+    _titans("deep-chunk-of-150", batch=1, tokens=333, chunk_size=150, hidden=16),
+    _titans("deep-norm", hidden=64, norm=True),
+    _titans("norm", norm=True),
+    _titans("norm-wide-values", norm=True, residual=False, value=32),
+    _titans("deep-carried", positions=[5, 16], hidden=32),
+    _titans("deep-carried-chunk", positions=[3, 31], hidden=32, read="chunk"),
+    _titans(
+        "deep-carried-one-token", batch=16, positions=8 * [15, 3], tokens=1, hidden=32, norm=True
+    ),
+    _titans("deep-carried-tiny", tiny=True, **_DEEP_TINY, positions=[2], norm=True),
+    _titans(
+        "deep-packed-carried", batch=1, tokens=50, bounds=[0, 7, 39, 50], positions=[3, 16, 31],
+        hidden=32,
+    ),
+    _titans("deep-packed-tiny", tiny=True, **_DEEP_TINY, bounds=[0, 1, 5], positions=[2, 1]),
 )  # fmt: skip

@@ -246,9 +246,9 @@ def test_profile_writes_a_trace_of_each_of_our_rows(tmp_path, capsys):
     assert len(results) == 2  # the operator and the layer
     for trace in results:
         names = {event.get("name") for event in trace["traceEvents"]}
-        assert {"hope::titans_linear", "hope::titans_linear_backward"} <= names
+        assert {"hope::titans", "hope::titans_backward"} <= names
     shown = capsys.readouterr().out
-    assert "hope::titans_linear" in shown
+    assert "hope::titans" in shown
     assert "kernel report unavailable: it is about kernels on a GPU" in shown
 
 

@@ -17,6 +17,7 @@ from hope_ext import _load, testing
 from hope_ext.testing import titans_inputs
 
 TOKENS = ("q", "k", "v", "lr", "momentum", "decay")
+NORMS = ("norm_weight", "norm_bias")
 
 
 def make(backend="cpu", dtype=None, **options):
@@ -223,25 +224,36 @@ def test_nan_stays_in_its_batch_row_and_head(backend, name):
 def test_opcheck(backend, options):
     a = make(backend, torch.float32, tokens=20, **options)
     operators = _load.operators()
-    state = a.get("state")
-    start = a["weights"][0].expand(2, -1, -1, -1).clone() if state is None else state.weights[0]
-    inputs = [a[n] for n in TOKENS]
-    inputs += [start, None if state is None or state.momenta is None else state.momenta[0]]
-    inputs += [None, None] if state is None else [state.anchor[0], state.position]
+    inputs = operator_tensors(a)
     for x in inputs:
         if x is not None and x.is_floating_point():
             x.requires_grad_()
-    torch.library.opcheck(operators.titans_linear, (*inputs, None, 16, "l2", "after", 2))
+    options = (16, "gelu", True, "l2", "after", 1e-6, 2)
+    torch.library.opcheck(operators.titans, (*inputs, *options))
     with torch.no_grad():
-        *out, checkpoints = operators.titans_linear(*inputs, None, 16, "l2", "after", 2)
-    cotangents = [torch.randn_like(x) for x in out]
-    if a["momentum"] is None:
-        cotangents[2] = None
+        *out, checkpoints = operators.titans(*inputs, *options)
+    cotangents = [torch.randn_like(x) if x.numel() else None for x in out]
     detached = [x if x is None else x.detach() for x in inputs]
     torch.library.opcheck(
-        operators.titans_linear_backward,
-        (*cotangents, *detached, None, checkpoints, 16, "l2", "after", 2),
+        operators.titans_backward, (*cotangents, *detached, checkpoints, *options)
     )
+
+
+def operator_tensors(a):
+    """What `titans_memory` would give its operator of these arguments (batch 2)."""
+
+    def of_two(matrices):
+        return [None, None] if matrices is None else [*matrices, None][:2]
+
+    state = a.get("state")
+    position = None if state is None else state.position
+    start = [w.expand(2, -1, -1, -1).clone() for w in a["weights"]]
+    states = (start, None, None)
+    if state is not None:
+        states = (state.weights, state.momenta, state.anchor)
+    norms = [a[n].expand(2, -1, -1).clone() if n in a else None for n in NORMS]
+    matrices = [w for matrices in states for w in of_two(matrices)]
+    return [*(a[n] for n in TOKENS), *matrices, *norms, position, None]
 
 
 def test_autocast():
@@ -367,7 +379,7 @@ def _bad(error, match, **changes):
         ),
         _bad(
             TypeError,
-            r"weights: expected a tuple \(W,\) of tensors, got Tensor",
+            r"weights: expected a tuple \(W,\) or \(W1, W2\) of tensors, got Tensor",
             weights=lambda x: x[0],
         ),
         _bad(
@@ -435,15 +447,15 @@ def test_refuses_bad_bounds_in_compiled_code():
 def test_the_operator_itself_protects_memory(backend):
     """A caller of torch.ops with a gradient of the wrong shape gets an error, not other memory."""
     a, operators = make(backend, torch.float32), _load.operators()
-    start = a["weights"][0].expand(2, -1, -1, -1)
-    tensors = [*(a[n] for n in TOKENS), start, None, None, None, None]
-    options = (16, "l2", "after", 1)
-    o, *_, checkpoints = operators.titans_linear(*tensors, *options)
-    for gradients in ([o[:, 1:], None, None, None], [None, start[:1], None, None]):
+    tensors = operator_tensors(a)
+    start, nothing = tensors[len(TOKENS)], [None] * 5
+    options = (16, "gelu", True, "l2", "after", 1e-6, 1)
+    o, *_, checkpoints = operators.titans(*tensors, *options)
+    for gradients in ([o[:, 1:], None, *nothing], [None, start[:1], *nothing]):
         with pytest.raises(ValueError, match="expected shape"):
-            operators.titans_linear_backward(*gradients, *tensors, checkpoints, *options)
+            operators.titans_backward(*gradients, *tensors, checkpoints, *options)
     with pytest.raises(ValueError, match="checkpoints: not those of this forward"):
-        operators.titans_linear_backward(o, None, None, None, *tensors, checkpoints[1:], *options)
+        operators.titans_backward(o, None, *nothing, *tensors, checkpoints[1:], *options)
 
 
 def test_refuses_states_that_do_not_fit():

@@ -2,7 +2,7 @@
 // what the machine has (the kernel header is named by HOPE_EACH_ISA; this file is included once per
 // .cpp and has no include guard).
 //
-//     #define HOPE_EACH_ISA "titans/titans_linear_cpu.h"
+//     #define HOPE_EACH_ISA "titans/titans_cpu.h"
 //     #include "common/each_isa_cpu.h"
 //
 // gives hope::avx512::f, hope::avx2::f and hope::baseline::f for every f of the header; isa_cpu.h

@@ -1,8 +1,8 @@
 // Host code of the Titans memory: allocates, fills the Params, launches. Arguments are checked in
 // hope_ext/titans.py; what is checked here protects memory against a caller of torch.ops.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "common/cuda_host.h"
@@ -18,11 +18,16 @@ namespace {
 using at::Tensor;
 using std::optional;
 
+constexpr int kLayers = 2;
+using Pair =
+    std::array<optional<Tensor>, kLayers>;  // of a memory's layers; absent where it has one
+
 struct Inputs {  // keeps the tensors that Params points into
-    Tensor q, k, v, lr, momentum, decay, weights, momenta, anchor, position, cu_seqlens;
+    Tensor q, k, v, lr, momentum, decay, norm_weight, norm_bias, position, cu_seqlens;
+    std::array<Tensor, kLayers> weights, momenta, anchor;
     at::TensorOptions rows,
         states;  // options of outputs in q's dtype and in the accumulation dtype
-    TitansLinearParams params{};
+    TitansParams params{};
 
     Tensor empty_tokens(int64_t columns) const {
         return at::empty({q.size(0), q.size(1), q.size(2), columns}, rows);
@@ -31,44 +36,91 @@ struct Inputs {  // keeps the tensors that Params points into
         return wanted ? at::empty({q.size(0), q.size(1), q.size(2)}, states)
                       : at::empty({0}, states);
     }
-    Tensor empty_states(bool wanted = true) const {
-        return wanted
-                   ? at::empty({params.sequences, params.heads, params.key_dim, params.value_dim},
-                               states)
+    std::array<int64_t, 4> sizes_of(int layer) const {
+        return {params.sequences, params.heads, params.rows_of(layer), params.columns_of(layer)};
+    }
+    Tensor empty_state(int layer, bool wanted = true) const {
+        return wanted && layer < params.layers() ? at::empty(sizes_of(layer), states)
+                                                 : at::empty({0}, states);
+    }
+    std::array<Tensor, kLayers> empty_states(bool wanted = true) const {
+        return {empty_state(0, wanted), empty_state(1, wanted)};
+    }
+    Tensor empty_norm() const {
+        return norm_weight.defined()
+                   ? at::empty({params.sequences, params.heads, params.value_dim}, states)
                    : at::empty({0}, states);
     }
 };
 
-void check_sizes_on_cuda([[maybe_unused]] at::ScalarType element, [[maybe_unused]] int64_t tokens,
-                         [[maybe_unused]] int64_t key, [[maybe_unused]] int64_t value,
-                         [[maybe_unused]] int64_t chunk_size) {
+MatrixTensor state_tensor(const Tensor& tensor) {
+    return tensor.defined() && tensor.numel() ? matrix_tensor(tensor) : MatrixTensor{};
+}
+void set_states(MatrixTensor (&to)[kLayers], const std::array<Tensor, kLayers>& tensors) {
+    for (int layer = 0; layer < kLayers; layer++) to[layer] = state_tensor(tensors[layer]);
+}
+
+void check_on_cuda([[maybe_unused]] const Inputs& in, [[maybe_unused]] at::ScalarType element) {
 #ifdef HOPE_WITH_CUDA
+    const TitansParams& p = in.params;
     TORCH_CHECK_TYPE(element != at::kDouble,
                      "q: expected float32, bfloat16 or float16 on CUDA, got float64");
     auto size = [](const char* name, int64_t columns) {
         TORCH_CHECK_VALUE(titans_linear_cuda_supports(columns), name,
                           ": expected a head size of 16, 32, 64 or 128 on CUDA, got ", columns);
     };
-    size("q", key), size("v", value);
-    TORCH_CHECK_VALUE(tokens <= kMostTokensOnCuda, "q: expected at most ", kMostTokensOnCuda,
-                      " tokens on CUDA, got ", tokens);
-    TORCH_CHECK_VALUE(chunk_size < int64_t{1} << 31, "chunk_size: expected less than 2**31, got ",
-                      chunk_size);
+    size("q", p.key_dim), size("v", p.value_dim);
+    TORCH_CHECK_VALUE(p.tokens <= kMostTokensOnCuda, "q: expected at most ", kMostTokensOnCuda,
+                      " tokens on CUDA, got ", p.tokens);
+    TORCH_CHECK_VALUE(p.chunk_size < int64_t{1} << 31, "chunk_size: expected less than 2**31, got ",
+                      p.chunk_size);
+    TORCH_CHECK_VALUE(p.layers() == 1,
+                      "weights: expected a linear memory (W,) on CUDA, where deep "
+                      "memories have no kernel yet, got a tuple of 2");
+    TORCH_CHECK_VALUE(!in.norm_weight.defined(),
+                      "norm: expected None on CUDA, where memories with a norm have no kernel yet");
 #endif
 }
 
+struct Options {
+    int64_t chunk_size;
+    std::string_view activation;
+    bool residual;
+    std::string_view objective, read;
+    double norm_eps;
+    int64_t checkpoint_every;
+};
+
 Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
-              const optional<Tensor>& momentum, const optional<Tensor>& decay,
-              const Tensor& weights, const optional<Tensor>& momenta,
-              const optional<Tensor>& anchor, const optional<Tensor>& position,
-              const optional<Tensor>& cu_seqlens, int64_t chunk_size, int64_t checkpoint_every,
-              std::string_view objective, std::string_view read) {
-    TORCH_CHECK_VALUE(q.dim() == 4 && v.dim() == 4 && weights.dim() == 4,
+              const optional<Tensor>& momentum, const optional<Tensor>& decay, const Pair& weights,
+              const Pair& momenta, const Pair& anchor, const optional<Tensor>& norm_weight,
+              const optional<Tensor>& norm_bias, const optional<Tensor>& position,
+              const optional<Tensor>& cu_seqlens, const Options& options) {
+    const Tensor& w1 = *weights[0];
+    TORCH_CHECK_VALUE(q.dim() == 4 && v.dim() == 4 && w1.dim() == 4,
                       "q, v, weights: expected 4 dimensions");
-    TORCH_CHECK_VALUE(chunk_size > 0, "chunk_size: expected a positive number, got ", chunk_size);
-    const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), key = q.size(3),
-                  value = v.size(3);
-    const int64_t sequences = cu_seqlens ? cu_seqlens->numel() - 1 : batch;
+    TORCH_CHECK_VALUE(options.chunk_size > 0, "chunk_size: expected a positive number, got ",
+                      options.chunk_size);
+    Inputs in;
+    TitansParams& p = in.params;
+    const int64_t batch = q.size(0);
+    p.tokens = q.size(1), p.heads = q.size(2), p.key_dim = q.size(3), p.value_dim = v.size(3);
+    p.sequences = cu_seqlens ? cu_seqlens->numel() - 1 : batch;
+    p.hidden_dim = weights[1] ? w1.size(3) : 0;
+    TORCH_CHECK_VALUE(!weights[1] || p.hidden_dim > 0, "weights: expected a hidden size above 0");
+    p.chunk_size = options.chunk_size, p.checkpoint_every = options.checkpoint_every;
+    p.has_momentum = momentum.has_value(), p.residual = options.residual,
+    p.norm_eps = options.norm_eps;
+    p.activation = parse<TitansActivation>(
+        "activation", options.activation,
+        {{"gelu", TitansActivation::gelu}, {"silu", TitansActivation::silu}});
+    p.objective =
+        parse<TitansObjective>("objective", options.objective,
+                               {{"l2", TitansObjective::l2}, {"dot", TitansObjective::dot}});
+    p.read = parse<TitansRead>("read", options.read,
+                               {{"after", TitansRead::after},
+                                {"before", TitansRead::before},
+                                {"chunk", TitansRead::chunk}});
     const at::ScalarType element = q.scalar_type(), state = accumulation_of(q);
     auto check = [&](const char* name, const optional<Tensor>& tensor, at::IntArrayRef sizes,
                      at::ScalarType type) {
@@ -81,55 +133,66 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
                           ", got ", tensor->device());
         return *tensor;
     };
-    if (on_cuda(q)) check_sizes_on_cuda(element, tokens, key, value, chunk_size);
     auto rows = [&](const char* name, const Tensor& tensor, int64_t columns) {
-        const Tensor checked = check(name, tensor, {batch, tokens, heads, columns}, element);
+        const Tensor checked = check(name, tensor, {batch, p.tokens, p.heads, columns}, element);
         return on_cuda(q) ? with_aligned_rows(checked) : with_contiguous_rows(checked);
     };
-    auto states = [&](const char* name, const optional<Tensor>& tensor) {
-        const Tensor checked = check(name, tensor, {sequences, heads, key, value}, state);
-        if (!tensor) return checked;
-        const Tensor matrices = with_contiguous_matrices(checked);
-        return on_cuda(q) ? with_aligned_rows(matrices) : matrices;
+    auto states = [&](const char* name, const Pair& tensors) {
+        std::array<Tensor, kLayers> checked;
+        for (int layer = 0; layer < p.layers(); layer++) {
+            checked[layer] = check(name, tensors[layer], in.sizes_of(layer), state);
+            if (!checked[layer].defined()) continue;
+            checked[layer] = with_contiguous_matrices(checked[layer]);
+            if (on_cuda(q)) checked[layer] = with_aligned_rows(checked[layer]);
+        }
+        TORCH_CHECK_VALUE(p.layers() == 1 || checked[0].defined() == checked[1].defined(), name,
+                          ": expected a tensor for each layer or for none");
+        return checked;
     };
-    Inputs in;
-    in.q = rows("q", q, key), in.k = rows("k", k, key), in.v = rows("v", v, value);
-    in.lr = check("lr", lr, {batch, tokens, heads}, state);
-    in.momentum = check("momentum", momentum, {batch, tokens, heads}, state);
-    in.decay = check("decay", decay, {batch, tokens, heads}, state);
+    auto norm = [&](const char* name, const optional<Tensor>& tensor) {
+        const Tensor checked = check(name, tensor, {p.sequences, p.heads, p.value_dim}, state);
+        return tensor ? with_contiguous_rows(checked) : checked;
+    };
+    if (on_cuda(q)) {
+        if (norm_weight) in.norm_weight = *norm_weight;
+        check_on_cuda(in, element);
+    }
+    in.q = rows("q", q, p.key_dim), in.k = rows("k", k, p.key_dim);
+    in.v = rows("v", v, p.value_dim);
+    in.lr = check("lr", lr, {batch, p.tokens, p.heads}, state);
+    in.momentum = check("momentum", momentum, {batch, p.tokens, p.heads}, state);
+    in.decay = check("decay", decay, {batch, p.tokens, p.heads}, state);
     in.weights = states("weights", weights), in.momenta = states("momenta", momenta),
     in.anchor = states("anchor", anchor);
-    in.position = check("position", position, {sequences}, at::kLong);
+    in.norm_weight = norm("norm_weight", norm_weight), in.norm_bias = norm("norm_bias", norm_bias);
+    TORCH_CHECK_VALUE(in.norm_weight.defined() == in.norm_bias.defined(),
+                      "norm_weight, norm_bias: expected both or none");
+    TORCH_CHECK_VALUE(
+        !p.residual || p.key_dim == p.value_dim || (p.layers() == 1 && !in.norm_weight.defined()),
+        "v: expected as many columns as k for a residual memory, got ", p.value_dim);
+    in.position = check("position", position, {p.sequences}, at::kLong);
     if (in.position.defined()) in.position = in.position.contiguous();
     in.rows = q.options(), in.states = q.options().dtype(state);
 
-    TitansLinearParams& p = in.params;
     p.element = element_of(q);
-    p.sequences = sequences, p.tokens = tokens, p.heads = heads, p.key_dim = key,
-    p.value_dim = value;
-    p.chunk_size = chunk_size, p.checkpoint_every = checkpoint_every;
-    p.objective = parse<TitansObjective>(
-        "objective", objective, {{"l2", TitansObjective::l2}, {"dot", TitansObjective::dot}});
-    p.read = parse<TitansRead>("read", read,
-                               {{"after", TitansRead::after},
-                                {"before", TitansRead::before},
-                                {"chunk", TitansRead::chunk}});
     p.q = token_tensor(in.q), p.k = token_tensor(in.k), p.v = token_tensor(in.v);
     p.lr = token_tensor(in.lr), p.momentum = token_tensor(in.momentum),
     p.decay = token_tensor(in.decay);
-    p.weights = matrix_tensor(in.weights), p.momenta = matrix_tensor(in.momenta),
-    p.anchor = matrix_tensor(in.anchor);
+    set_states(p.weights, in.weights), set_states(p.momenta, in.momenta),
+        set_states(p.anchor, in.anchor);
+    if (in.norm_weight.defined())
+        p.norm_weight = matrix_tensor(in.norm_weight), p.norm_bias = matrix_tensor(in.norm_bias);
     if (in.position.defined()) p.position = in.position.const_data_ptr<int64_t>();
     if (cu_seqlens) {
         TORCH_CHECK_VALUE(batch == 1, "q: expected batch 1 with cu_seqlens, got ", batch);
-        in.cu_seqlens = checked_bounds(*cu_seqlens, tokens, q.device());
+        in.cu_seqlens = checked_bounds(*cu_seqlens, p.tokens, q.device());
         p.cu_seqlens = in.cu_seqlens.const_data_ptr<int32_t>();
     }
     return in;
 }
 
 void run_forward(const Inputs& in) {
-    const TitansLinearParams& p = in.params;
+    const TitansParams& p = in.params;
 #ifdef HOPE_WITH_CUDA
     if (on_cuda(in.q)) {
         const CudaScope scope(in.q);
@@ -141,12 +204,12 @@ void run_forward(const Inputs& in) {
     }
 #endif
 #ifndef HOPE_EMULATED
-    titans_linear_fwd_cpu(p, parallel_for);
+    titans_fwd_cpu(p, parallel_for);
 #endif
 }
 
 void run_backward(const Inputs& in) {
-    const TitansLinearParams& p = in.params;
+    const TitansParams& p = in.params;
 #ifdef HOPE_WITH_CUDA
     if (on_cuda(in.q)) {
         const CudaScope scope(in.q);
@@ -157,107 +220,117 @@ void run_backward(const Inputs& in) {
     }
 #endif
 #ifndef HOPE_EMULATED
-    titans_linear_bwd_cpu(p, parallel_for);
+    titans_bwd_cpu(p, parallel_for);
 #endif
 }
 
-int64_t checkpoint_columns(const TitansLinearParams& p) { return p.momentum.data ? 2 : 1; }
-
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Forward titans_linear(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
-                      const optional<Tensor>& momentum, const optional<Tensor>& decay,
-                      const Tensor& weights, const optional<Tensor>& momenta,
-                      const optional<Tensor>& anchor, const optional<Tensor>& position,
-                      const optional<Tensor>& cu_seqlens, int64_t chunk_size,
-                      std::string_view objective, std::string_view read, int64_t checkpoint_every) {
-    Inputs in = gather(q, k, v, lr, momentum, decay, weights, momenta, anchor, position, cu_seqlens,
-                       chunk_size, checkpoint_every, objective, read);
-    TitansLinearParams& p = in.params;
-    const bool has_momentum = momentum.has_value();
-    Tensor o = in.empty_tokens(p.value_dim), checkpoints = at::empty({0}, in.states);
-    Tensor final_weights = in.empty_states(), final_momenta = in.empty_states(has_momentum),
-           final_anchor = in.empty_states();
-    if (checkpoint_every > 0) {
-        const int64_t slots = titans_checkpoint_slots(q.size(0) * p.tokens, p.sequences,
-                                                      chunk_size * checkpoint_every);
-        checkpoints =
-            at::empty({slots, p.heads, checkpoint_columns(p), p.key_dim, p.value_dim}, in.states);
-    }
-    p.o = token_tensor(o), p.checkpoints = checkpoints.data_ptr();
-    p.final_weights = matrix_tensor(final_weights), p.final_anchor = matrix_tensor(final_anchor);
-    if (has_momentum) p.final_momenta = matrix_tensor(final_momenta);
-    run_forward(in);
-    return {o, final_weights, final_momenta, final_anchor, checkpoints};
+int64_t checkpoint_slots(const Tensor& q, const TitansParams& p) {
+    return titans_checkpoint_slots(q.size(0) * p.tokens, p.sequences,
+                                   p.chunk_size * p.checkpoint_every);
 }
 
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Backward titans_linear_backward(const optional<Tensor>& d_o,
-                                const optional<Tensor>& d_final_weights,
-                                const optional<Tensor>& d_final_momenta,
-                                const optional<Tensor>& d_final_anchor, const Tensor& q,
-                                const Tensor& k, const Tensor& v, const Tensor& lr,
-                                const optional<Tensor>& momentum, const optional<Tensor>& decay,
-                                const Tensor& weights, const optional<Tensor>& momenta,
-                                const optional<Tensor>& anchor, const optional<Tensor>& position,
-                                const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
-                                int64_t chunk_size, std::string_view objective,
-                                std::string_view read, int64_t checkpoint_every) {
+Forward titans(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
+               const optional<Tensor>& momentum, const optional<Tensor>& decay, const Tensor& w1,
+               const optional<Tensor>& w2, const optional<Tensor>& s1, const optional<Tensor>& s2,
+               const optional<Tensor>& a1, const optional<Tensor>& a2,
+               const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias,
+               const optional<Tensor>& position, const optional<Tensor>& cu_seqlens,
+               int64_t chunk_size, std::string_view activation, bool residual,
+               std::string_view objective, std::string_view read, double norm_eps,
+               int64_t checkpoint_every) {
+    Inputs in =
+        gather(q, k, v, lr, momentum, decay, {w1, w2}, {s1, s2}, {a1, a2}, norm_weight, norm_bias,
+               position, cu_seqlens,
+               {chunk_size, activation, residual, objective, read, norm_eps, checkpoint_every});
+    TitansParams& p = in.params;
+    Tensor o = in.empty_tokens(p.value_dim), checkpoints = at::empty({0}, in.states);
+    const auto weights = in.empty_states(), momenta = in.empty_states(momentum.has_value()),
+               anchor = in.empty_states();
+    if (checkpoint_every > 0)
+        checkpoints = at::empty({checkpoint_slots(q, p), p.heads, titans_state_size(p)}, in.states);
+    p.o = token_tensor(o), p.checkpoints = checkpoints.data_ptr();
+    set_states(p.final_weights, weights), set_states(p.final_momenta, momenta),
+        set_states(p.final_anchor, anchor);
+    run_forward(in);
+    return {o, weights[0], weights[1], momenta[0], momenta[1], anchor[0], anchor[1], checkpoints};
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                            Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Backward titans_backward(
+    const optional<Tensor>& d_o, const optional<Tensor>& d_w1, const optional<Tensor>& d_w2,
+    const optional<Tensor>& d_s1, const optional<Tensor>& d_s2, const optional<Tensor>& d_a1,
+    const optional<Tensor>& d_a2, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& lr, const optional<Tensor>& momentum, const optional<Tensor>& decay,
+    const Tensor& w1, const optional<Tensor>& w2, const optional<Tensor>& s1,
+    const optional<Tensor>& s2, const optional<Tensor>& a1, const optional<Tensor>& a2,
+    const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias,
+    const optional<Tensor>& position, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
+    int64_t chunk_size, std::string_view activation, bool residual, std::string_view objective,
+    std::string_view read, double norm_eps, int64_t checkpoint_every) {
     TORCH_CHECK_VALUE(checkpoint_every > 0, "checkpoint_every: expected a positive number, got ",
                       checkpoint_every);
-    Inputs in = gather(q, k, v, lr, momentum, decay, weights, momenta, anchor, position, cu_seqlens,
-                       chunk_size, checkpoint_every, objective, read);
-    TitansLinearParams& p = in.params;
-    const int64_t slots =
-        titans_checkpoint_slots(q.size(0) * p.tokens, p.sequences, chunk_size * checkpoint_every);
-    TORCH_CHECK_VALUE(checkpoints.is_contiguous() &&
-                          checkpoints.scalar_type() == in.weights.scalar_type() &&
-                          checkpoints.numel() ==
-                              slots * p.heads * checkpoint_columns(p) * p.key_dim * p.value_dim,
-                      "checkpoints: not those of this forward");
+    Inputs in =
+        gather(q, k, v, lr, momentum, decay, {w1, w2}, {s1, s2}, {a1, a2}, norm_weight, norm_bias,
+               position, cu_seqlens,
+               {chunk_size, activation, residual, objective, read, norm_eps, checkpoint_every});
+    TitansParams& p = in.params;
+    TORCH_CHECK_VALUE(
+        checkpoints.is_contiguous() && checkpoints.scalar_type() == w1.scalar_type() &&
+            checkpoints.numel() == checkpoint_slots(q, p) * p.heads * titans_state_size(p),
+        "checkpoints: not those of this forward");
     p.checkpoints = checkpoints.data_ptr();
 
-    const int64_t state[] = {p.sequences, p.heads, p.key_dim, p.value_dim};
-    auto of_state = [&](const char* name, const optional<Tensor>& gradient) {
-        return checked_gradient(name, gradient, state, in.weights.scalar_type(), q.device());
+    const bool has_momentum = momentum.has_value(), has_decay = decay.has_value();
+    auto of_states = [&](const char* name, const Pair& gradients, bool wanted = true) {
+        std::array<Tensor, kLayers> checked;
+        for (int layer = 0; wanted && layer < p.layers(); layer++)
+            checked[layer] = checked_gradient(name, gradients[layer], in.sizes_of(layer),
+                                              w1.scalar_type(), q.device());
+        return checked;
     };
     Tensor from_o = checked_gradient("d_o", d_o, v.sizes(), q.scalar_type(), q.device());
     if (from_o.defined() && on_cuda(q)) from_o = with_aligned_rows(from_o);
-    const Tensor from_weights = of_state("d_weights", d_final_weights),
-                 from_momenta = of_state("d_momenta", momentum ? d_final_momenta : std::nullopt),
-                 from_anchor = of_state("d_anchor", d_final_anchor);
+    const auto from_weights = of_states("d_weights", {d_w1, d_w2}),
+               from_momenta = of_states("d_momenta", {d_s1, d_s2}, has_momentum),
+               from_anchor = of_states("d_anchor", {d_a1, d_a2});
     p.d_o = token_tensor(from_o);
-    p.d_final_weights = matrix_tensor(from_weights), p.d_final_anchor = matrix_tensor(from_anchor);
-    if (momentum) p.d_final_momenta = matrix_tensor(from_momenta);
+    set_states(p.d_final_weights, from_weights), set_states(p.d_final_momenta, from_momenta),
+        set_states(p.d_final_anchor, from_anchor);
 
-    const bool has_momentum = momentum.has_value(), has_decay = decay.has_value();
     Tensor d_q = in.empty_tokens(p.key_dim), d_k = in.empty_tokens(p.key_dim),
            d_v = in.empty_tokens(p.value_dim);
     Tensor d_lr = in.empty_gates(), d_momentum = in.empty_gates(has_momentum),
            d_decay = in.empty_gates(has_decay);
     // The CUDA kernels keep gradients in these between launches, whether or not anybody asks.
     const bool keeps = on_cuda(q);
-    Tensor d_weights = in.empty_states(),
-           d_momenta = in.empty_states(momenta.has_value() || (keeps && has_momentum)),
-           d_anchor = in.empty_states(anchor.has_value() || keeps);
+    auto d_weights = in.empty_states(),
+         d_momenta = in.empty_states(s1.has_value() || (keeps && has_momentum)),
+         d_anchor = in.empty_states(a1.has_value() || keeps);
+    Tensor d_norm_weight = in.empty_norm(), d_norm_bias = in.empty_norm();
     p.d_q = token_tensor(d_q), p.d_k = token_tensor(d_k), p.d_v = token_tensor(d_v),
     p.d_lr = token_tensor(d_lr);
     if (has_momentum) p.d_momentum = token_tensor(d_momentum);
     if (has_decay) p.d_decay = token_tensor(d_decay);
-    p.d_weights = matrix_tensor(d_weights);
-    if (d_momenta.numel()) p.d_momenta = matrix_tensor(d_momenta);
-    if (d_anchor.numel()) p.d_anchor = matrix_tensor(d_anchor);
+    set_states(p.d_weights, d_weights), set_states(p.d_momenta, d_momenta),
+        set_states(p.d_anchor, d_anchor);
+    if (in.norm_weight.defined())
+        p.d_norm_weight = matrix_tensor(d_norm_weight), p.d_norm_bias = matrix_tensor(d_norm_bias);
     run_backward(in);
-    if (!momenta) d_momenta = in.empty_states(false);
-    if (!anchor) d_anchor = in.empty_states(false);
-    return {d_q, d_k, d_v, d_lr, d_momentum, d_decay, d_weights, d_momenta, d_anchor};
+    if (!s1) d_momenta = in.empty_states(false);
+    if (!a1) d_anchor = in.empty_states(false);
+    return {d_q,         d_k,          d_v,           d_lr,         d_momentum,
+            d_decay,     d_weights[0], d_weights[1],  d_momenta[0], d_momenta[1],
+            d_anchor[0], d_anchor[1],  d_norm_weight, d_norm_bias};
 }
 
 }  // namespace
 }  // namespace hope
 
 HOPE_OPERATORS(library) {
-    library.impl("titans_linear", &hope::titans_linear);
-    library.impl("titans_linear_backward", &hope::titans_linear_backward);
+    library.impl("titans", &hope::titans);
+    library.impl("titans_backward", &hope::titans_backward);
 }

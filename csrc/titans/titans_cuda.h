@@ -15,17 +15,17 @@ constexpr int64_t kMostTokensOnCuda = int64_t{1} << 30;
 
 // Rows q, k, v, o (and their gradients) begin at multiples of 16 bytes. cu_seqlens may hold
 // anything: tokens of no sequence are left as they are.
-void titans_linear_fwd_cuda(const TitansLinearParams& params, void* stream);
+void titans_linear_fwd_cuda(const TitansParams& params, void* stream);
 
 // One token for every sequence, without checkpoints and cu_seqlens. Final states may be the given
 // ones, to be updated in place.
-void titans_linear_step_cuda(const TitansLinearParams& params, void* stream);
+void titans_linear_step_cuda(const TitansParams& params, void* stream);
 
 // Bytes of scratch memory for the backward. It does not grow with the number of tokens beyond
 // what fills the device.
-int64_t titans_linear_bwd_cuda_scratch(const TitansLinearParams& params);
+int64_t titans_linear_bwd_cuda_scratch(const TitansParams& params);
 
 // d_momenta and d_anchor are wanted whenever there is momentum, and always.
-void titans_linear_bwd_cuda(const TitansLinearParams& params, void* scratch, void* stream);
+void titans_linear_bwd_cuda(const TitansParams& params, void* scratch, void* stream);
 
 }  // namespace hope

@@ -62,14 +62,14 @@ class GateGradients {
 
  public:
     // products: of a sequence's first segment, else null.
-    DEVICE GateGradients(const Layout& shared, const TitansLinearParams& p,
-                         const Sequence<kRows>& in, const Segment& at, const float* products)
+    DEVICE GateGradients(const Layout& shared, const TitansParams& p, const Sequence<kRows>& in,
+                         const Segment& at, const float* products)
         : shared_(shared),
           p_(p),
           in_(in),
           at_(at),
           given_products_(products),
-          has_momentum_(p.momentum.data),
+          has_momentum_(p.has_momentum),
           // No read has the last token's state if it reads the one before; none has any for
           // "chunk".
           read_rows_(p.read == TitansRead::chunk ? 0 : at.rows - (p.read == TitansRead::before)),
@@ -194,7 +194,7 @@ class GateGradients {
     }
 
     const Layout& shared_;
-    const TitansLinearParams& p_;
+    const TitansParams& p_;
     const Sequence<kRows>& in_;
     const Segment& at_;
     const float* const given_products_;

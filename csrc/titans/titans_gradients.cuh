@@ -11,8 +11,8 @@ class GradientWarp {
     static constexpr int kRows = Layout::kRows, kTiles = D / 8, kTokenTiles = kRows / 8;
 
  public:
-    DEVICE GradientWarp(const Layout& shared, const TitansLinearParams& p,
-                        const Sequence<kRows>& in, int value, int columns)
+    DEVICE GradientWarp(const Layout& shared, const TitansParams& p, const Sequence<kRows>& in,
+                        int value, int columns)
         : shared_(shared),
           p_(p),
           in_(in),
@@ -23,25 +23,25 @@ class GradientWarp {
     // The gradients of what the sequence ends with. A chunk that is complete has the final weights
     // as its anchor.
     DEVICE void start() {
-        load_state<D>(w_, at_.own(p_.d_final_anchor), at_.value_dim);
+        load_state<D>(w_, at_.own(p_.d_final_anchor[0]), at_.value_dim);
         if (in_.ends_inside_chunk()) {
             store_state<D>(to_anchor(), w_, at_.value_dim);
             anchor_pending_ = true;
         }
         if (anchor_pending_) load_state<D>(w_, nullptr, at_.value_dim);
-        if (const float* const d_weights = at_.own(p_.d_final_weights))
+        if (const float* const d_weights = at_.own(p_.d_final_weights[0]))
             for_elements<D>(d_weights, at_.value_dim,
                             [&](int tile, int i, float x) { w_[tile][i] += x; });
-        load_state<D>(s_, at_.own(p_.d_final_momenta), at_.value_dim);
+        load_state<D>(s_, at_.own(p_.d_final_momenta[0]), at_.value_dim);
     }
     // Goes on where another launch stopped, at a chunk's start: nothing is pending there.
     DEVICE void go_on() {
-        load_state<D>(w_, at_.own(p_.d_weights), at_.value_dim);
-        load_state<D>(s_, at_.own(p_.d_momenta), at_.value_dim);
+        load_state<D>(w_, at_.own(p_.d_weights[0]), at_.value_dim);
+        load_state<D>(s_, at_.own(p_.d_momenta[0]), at_.value_dim);
     }
     DEVICE void stop(bool at_start_of_sequence) {
-        store_state<D>(at_.own(p_.d_weights), w_, at_.value_dim);
-        if (p_.d_momenta.data) store_state<D>(at_.own(p_.d_momenta), s_, at_.value_dim);
+        store_state<D>(at_.own(p_.d_weights[0]), w_, at_.value_dim);
+        if (p_.d_momenta[0].data) store_state<D>(at_.own(p_.d_momenta[0]), s_, at_.value_dim);
         if (at_start_of_sequence && !anchor_pending_)
             for_elements<D>(to_anchor(), at_.value_dim, [](int, int, float& x) { x = 0; });
     }
@@ -53,7 +53,8 @@ class GradientWarp {
 
     // The state's products before the sequence's first segment (titans_windows.cuh).
     DEVICE void leave_products(float* products) const {
-        const float *const weights = at_.own(p_.weights), *const momenta = at_.own(p_.momenta);
+        const float *const weights = at_.own(p_.weights[0]), *const momenta =
+                                                                 at_.own(p_.momenta[0]);
         float sums[kProducts] = {};
         for_elements<D>(weights, at_.value_dim, [&](int tile, int i, float x) {
             sums[kWeightsWeights] += w_[tile][i] * x;
@@ -109,7 +110,7 @@ class GradientWarp {
     }
 
  private:
-    DEVICE float* to_anchor() const { return at_.own(p_.d_anchor); }
+    DEVICE float* to_anchor() const { return at_.own(p_.d_anchor[0]); }
     DEVICE int element(int tile, int i) const {
         return (tile * 8 + i % 2) * at_.value_dim + i / 2 * 8;
     }
@@ -236,7 +237,7 @@ class GradientWarp {
     }
 
     const Layout& shared_;
-    const TitansLinearParams& p_;
+    const TitansParams& p_;
     const Sequence<kRows>& in_;
     const int threads_, column_;
     const StateColumns at_;

@@ -16,7 +16,7 @@ using Constant = std::integral_constant<int, N>;
 
 // body(Type<E>, Constant<D>) for the params' element and key dimension.
 template <class Body>
-void for_instance(const TitansLinearParams& p, const Body& body) {
+void for_instance(const TitansParams& p, const Body& body) {
     const auto for_key = [&](auto element) {
         switch (p.key_dim) {
             case 16:
@@ -57,7 +57,7 @@ struct PipelinePlan {
 // A block has as many value columns as there are, up to 64, but fewer where the device would
 // otherwise stay partly idle, or has too little shared memory; and as many stages as fit.
 template <class E, int D>
-PipelinePlan pipeline_plan(const TitansLinearParams& p, int64_t walks) {
+PipelinePlan pipeline_plan(const TitansParams& p, int64_t walks) {
     const auto bytes = [](int stages, int columns) {
         return PipelineLayout<E, D>(SharedCarver(nullptr), stages, columns).bytes;
     };

@@ -25,8 +25,8 @@ namespace {
 
 template <class E, int D>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    titans_linear_states_kernel(const TitansLinearParams p, const TitansWindow<E, D> window,
-                                int columns, int stages) {
+    titans_linear_states_kernel(const TitansParams p, const TitansWindow<E, D> window, int columns,
+                                int stages) {
     constexpr int kRows = kTokens<E, D>;
     const PipelineLayout<E, D> shared(SharedCarver(dynamic_shared()), stages, columns);
     const Sequence<kRows> in(p, static_cast<int>(blockIdx.x / p.heads),
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
 template <class E, int D>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    titans_linear_gradients_kernel(const TitansLinearParams p, const TitansWindow<E, D> window,
+    titans_linear_gradients_kernel(const TitansParams p, const TitansWindow<E, D> window,
                                    int columns, int stages) {
     constexpr int kRows = kTokens<E, D>;
     const PipelineLayout<E, D> shared(SharedCarver(dynamic_shared()), stages, columns);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
 template <class E, int D>
 __global__ void __launch_bounds__(TokensLayout<E, D>::kThreads, 1)
-    titans_linear_tokens_kernel(const TitansLinearParams p, const TitansWindow<E, D> window,
+    titans_linear_tokens_kernel(const TitansParams p, const TitansWindow<E, D> window,
                                 int columns) {
     constexpr int kRows = kTokens<E, D>;
     const TokensLayout<E, D> shared(SharedCarver(dynamic_shared()), columns);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(TokensLayout<E, D>::kThreads, 1)
 }
 
 template <class E, int D>
-void run(const TitansLinearParams& p, void* scratch, cudaStream_t stream) {
+void run(const TitansParams& p, void* scratch, cudaStream_t stream) {
     using Window = TitansWindow<E, D>;
     const int slots = Window::slots(p), capacity = Window::capacity_for(p);
     const PipelinePlan walk = pipeline_plan<E, D>(p, p.sequences * p.heads);
@@ -141,7 +141,7 @@ void run(const TitansLinearParams& p, void* scratch, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t titans_linear_bwd_cuda_scratch(const TitansLinearParams& params) {
+int64_t titans_linear_bwd_cuda_scratch(const TitansParams& params) {
     int64_t bytes = 0;
     for_instance(params, [&](auto element, auto key) {
         using E = typename decltype(element)::type;
@@ -151,7 +151,7 @@ int64_t titans_linear_bwd_cuda_scratch(const TitansLinearParams& params) {
     return bytes;
 }
 
-void titans_linear_bwd_cuda(const TitansLinearParams& params, void* scratch, void* stream) {
+void titans_linear_bwd_cuda(const TitansParams& params, void* scratch, void* stream) {
     if (params.sequences * params.heads == 0) return;
     for_instance(params, [&](auto element, auto key) {
         using E = typename decltype(element)::type;

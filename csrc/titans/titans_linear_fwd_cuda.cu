@@ -21,7 +21,7 @@ namespace {
 
 // Slots that no chunk of this sequence uses, so that every element of the tensor is written.
 template <int Tokens>
-DEVICE void clear_unused_checkpoints(const TitansLinearParams& p, const Sequence<Tokens>& in) {
+DEVICE void clear_unused_checkpoints(const TitansParams& p, const Sequence<Tokens>& in) {
     const int64_t size = checkpoint_floats(p), span = p.chunk_size * p.checkpoint_every;
     const int64_t first = p.cu_seqlens ? in.start : in.index * p.tokens;
     const int64_t used = in.chunks() ? (in.chunks() - 1) / p.checkpoint_every : 0;
@@ -35,7 +35,7 @@ DEVICE void clear_unused_checkpoints(const TitansLinearParams& p, const Sequence
 
 template <class E, int D>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    titans_linear_fwd_kernel(const TitansLinearParams p, int columns, int stages) {
+    titans_linear_fwd_kernel(const TitansParams p, int columns, int stages) {
     constexpr int kRows = kTokens<E, D>;
     const PipelineLayout<E, D> shared(SharedCarver(dynamic_shared()), stages, columns);
     const Sequence<kRows> in(p, static_cast<int>(blockIdx.x / p.heads),
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
 }  // namespace
 
-void titans_linear_fwd_cuda(const TitansLinearParams& params, void* stream) {
+void titans_linear_fwd_cuda(const TitansParams& params, void* stream) {
     if (params.sequences * params.heads == 0) return;
     for_instance(params, [&](auto element, auto key) {
         using E = typename decltype(element)::type;

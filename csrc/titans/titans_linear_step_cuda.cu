@@ -40,7 +40,7 @@ DEVICE float4 sum_over_rows(float4 part, float4* parts, int row, int column, int
 
 template <class E, int D>
 __global__ void __launch_bounds__(kStepRows* kStepColumns / 4)
-    titans_linear_step_kernel(const TitansLinearParams p) {
+    titans_linear_step_kernel(const TitansParams p) {
     constexpr int kEach = D < kStepRows ? 1 : D / kStepRows;  // rows of a thread
     SHARED_ARRAY(float4, parts, kStepRows * kStepColumns / 4);
     const int columns = static_cast<int>(blockDim.x), row = static_cast<int>(threadIdx.y),
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kStepRows* kStepColumns / 4)
     };
     const float4 zero = make_float4(0, 0, 0, 0);
     const float* const anchors =
-        new_chunk || !p.anchor.data ? elements(p.weights) : elements(p.anchor);
+        new_chunk || !p.anchor[0].data ? elements(p.weights[0]) : elements(p.anchor[0]);
     const bool mine = row < D;  // a head of 16 has fewer rows than the block
     float4 w[kEach], s[kEach], anchor[kEach];
     float k[kEach], q[kEach];
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kStepRows* kStepColumns / 4)
     for (int i = 0; i < kEach; i++) {
         w[i] = s[i] = anchor[i] = zero, k[i] = q[i] = 0;
         if (!mine) continue;
-        w[i] = at(elements(p.weights), i);
-        if (p.momenta.data) s[i] = at(elements(p.momenta), i);
+        w[i] = at(elements(p.weights[0]), i);
+        if (p.momenta[0].data) s[i] = at(elements(p.momenta[0]), i);
         anchor[i] = new_chunk ? w[i] : at(const_cast<float*>(anchors), i);
         k[i] = to_float(token<const E>(p.k, in, 0)[row + i * kStepRows]);
         q[i] = to_float(token<const E>(p.q, in, 0)[row + i * kStepRows]);
@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kStepRows* kStepColumns / 4)
         w[i] = multiply_add(gates.keep, w[i], s[i]);
         if (p.read == TitansRead::after) o = multiply_add(q[i], w[i], o);
         if (!mine) continue;
-        at(elements(p.final_weights), i) = w[i];
-        if (has_momentum) at(elements(p.final_momenta), i) = s[i];
-        at(elements(p.final_anchor), i) = at_boundary ? w[i] : anchor[i];
+        at(elements(p.final_weights[0]), i) = w[i];
+        if (has_momentum) at(elements(p.final_momenta[0]), i) = s[i];
+        at(elements(p.final_anchor[0]), i) = at_boundary ? w[i] : anchor[i];
     }
     o = sum_over_rows(o, parts, row, static_cast<int>(threadIdx.x), columns);
     if (row) return;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kStepRows* kStepColumns / 4)
 
 }  // namespace
 
-void titans_linear_step_cuda(const TitansLinearParams& params, void* stream) {
+void titans_linear_step_cuda(const TitansParams& params, void* stream) {
     if (params.sequences * params.heads == 0) return;
     for_instance(params, [&](auto element, auto key) {
         using E = typename decltype(element)::type;

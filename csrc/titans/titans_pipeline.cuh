@@ -133,7 +133,7 @@ class Helpers {
  public:
     // third: V or dO, value columns value .. value + columns - 1; result: as the state warps leave
     // them in its place, with as many columns.
-    DEVICE Helpers(const Layout& shared, const TitansLinearParams& p, const Sequence<kRows>& in,
+    DEVICE Helpers(const Layout& shared, const TitansParams& p, const Sequence<kRows>& in,
                    const TokenTensor& third, const TokenTensor& result, int value, int columns)
         : shared_(shared),
           p_(p),
@@ -255,7 +255,7 @@ class Helpers {
     }
 
     const Layout& shared_;
-    const TitansLinearParams& p_;
+    const TitansParams& p_;
     const Sequence<kRows>& in_;
     const TokenTensor &third_, &result_;
     const int value_, columns_, helper_, threads_;

@@ -21,7 +21,7 @@ struct Sequence {
     int chunk_size;
     int parts;  // segments of a whole chunk
 
-    DEVICE Sequence(const TitansLinearParams& p, int sequence, int of_head)
+    DEVICE Sequence(const TitansParams& p, int sequence, int of_head)
         : index(sequence),
           head(of_head),
           batch(p.cu_seqlens ? 0 : sequence),
@@ -37,7 +37,7 @@ struct Sequence {
         const int64_t position = p.position ? p.position[sequence] % chunk_size : 0;
         offset = static_cast<int>(position < 0 ? position + chunk_size : position);
     }
-    __host__ __device__ static int segments_of_chunk(const TitansLinearParams& p) {
+    __host__ __device__ static int segments_of_chunk(const TitansParams& p) {
         const int64_t longest = p.chunk_size < p.tokens ? p.chunk_size : p.tokens;
         return longest > Tokens ? static_cast<int>((longest + Tokens - 1) / Tokens) : 1;
     }
@@ -101,8 +101,7 @@ struct Gates {
 
 // A token past the segment learns nothing and leaves nothing behind.
 template <int Tokens>
-DEVICE Gates load_gates(const TitansLinearParams& p, const Sequence<Tokens>& in, int t,
-                        bool valid) {
+DEVICE Gates load_gates(const TitansParams& p, const Sequence<Tokens>& in, int t, bool valid) {
     if (!valid) return {0, 0, 0};
     return {*token<const float>(p.lr, in, t),
             p.momentum.data ? *token<const float>(p.momentum, in, t) : 0,
@@ -178,17 +177,17 @@ DEVICE void store_rounded_state(E* to, const Accumulator<D / 8>& from, int first
 }
 
 // Checkpoints (titans.h says where each has its slot): weights, then momenta if there are any.
-DEVICE int64_t checkpoint_floats(const TitansLinearParams& p) {
+DEVICE int64_t checkpoint_floats(const TitansParams& p) {
     return p.key_dim * p.value_dim * (p.momentum.data ? 2 : 1);
 }
 template <int Tokens>
-DEVICE int64_t first_checkpoint_slot(const TitansLinearParams& p, const Sequence<Tokens>& in) {
+DEVICE int64_t first_checkpoint_slot(const TitansParams& p, const Sequence<Tokens>& in) {
     const int64_t first = p.cu_seqlens ? in.start : in.index * p.tokens;
     return first / (p.chunk_size * p.checkpoint_every) + in.index;
 }
 // Of the chunk's start; null where none is taken.
 template <int Tokens>
-DEVICE float* checkpoint(const TitansLinearParams& p, const Sequence<Tokens>& in, int chunk) {
+DEVICE float* checkpoint(const TitansParams& p, const Sequence<Tokens>& in, int chunk) {
     if (!p.checkpoint_every || chunk == 0 || chunk % p.checkpoint_every) return nullptr;
     const int64_t slot = first_checkpoint_slot(p, in) + chunk / p.checkpoint_every - 1;
     return static_cast<float*>(p.checkpoints) + (slot * p.heads + in.head) * checkpoint_floats(p);

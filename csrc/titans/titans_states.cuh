@@ -12,7 +12,7 @@ class StateWarp {
 
  public:
     // `value` is the block's first value column.
-    DEVICE StateWarp(const Layout& shared, const TitansLinearParams& p, const Sequence<kRows>& in,
+    DEVICE StateWarp(const Layout& shared, const TitansParams& p, const Sequence<kRows>& in,
                      int value, int columns)
         : shared_(shared),
           p_(p),
@@ -26,14 +26,15 @@ class StateWarp {
     DEVICE void start(E* rounded_anchor = nullptr) {
         if (in_.offset) {
             const bool is_final = in_.ends_inside_chunk() && in_.chunks() <= 1;
-            load_state<D>(w_, at_.own(p_.anchor.data ? p_.anchor : p_.weights), at_.value_dim);
+            load_state<D>(w_, at_.own(p_.anchor[0].data ? p_.anchor[0] : p_.weights[0]),
+                          at_.value_dim);
             keep_anchor();
             if (rounded_anchor) store_rounded_state<D>(rounded_anchor, w_, at_.first);
-            if (is_final && p_.final_anchor.data)
-                store_state<D>(at_.own(p_.final_anchor), w_, at_.value_dim);
+            if (is_final && p_.final_anchor[0].data)
+                store_state<D>(at_.own(p_.final_anchor[0]), w_, at_.value_dim);
         }
-        load_state<D>(w_, at_.own(p_.weights), at_.value_dim);
-        load_state<D>(s_, at_.own(p_.momenta), at_.value_dim);
+        load_state<D>(w_, at_.own(p_.weights[0]), at_.value_dim);
+        load_state<D>(s_, at_.own(p_.momenta[0]), at_.value_dim);
     }
     DEVICE void start_from(const float* kept) {
         load_state<D>(w_, kept + at_.lane(), at_.value_dim);
@@ -49,12 +50,14 @@ class StateWarp {
                 store_state<D>(kept + D * at_.value_dim + at_.lane(), s_, at_.value_dim);
         }
         if (at.chunk == in_.chunks() - 1 && in_.ends_inside_chunk())
-            store_state<D>(at_.own(p_.final_anchor), w_, at_.value_dim);
+            store_state<D>(at_.own(p_.final_anchor[0]), w_, at_.value_dim);
     }
     DEVICE void finish() const {
-        store_state<D>(at_.own(p_.final_weights), w_, at_.value_dim);
-        if (p_.final_momenta.data) store_state<D>(at_.own(p_.final_momenta), s_, at_.value_dim);
-        if (!in_.ends_inside_chunk()) store_state<D>(at_.own(p_.final_anchor), w_, at_.value_dim);
+        store_state<D>(at_.own(p_.final_weights[0]), w_, at_.value_dim);
+        if (p_.final_momenta[0].data)
+            store_state<D>(at_.own(p_.final_momenta[0]), s_, at_.value_dim);
+        if (!in_.ends_inside_chunk())
+            store_state<D>(at_.own(p_.final_anchor[0]), w_, at_.value_dim);
     }
     // W^T and S^T, rounded, to [value_dim, D] matrices.
     DEVICE void leave_rounded(E* weights, E* momenta) const {
@@ -205,7 +208,7 @@ class StateWarp {
     }
 
     const Layout& shared_;
-    const TitansLinearParams& p_;
+    const TitansParams& p_;
     const Sequence<kRows>& in_;
     const int threads_, column_;  // the latter within the block
     const StateColumns at_;

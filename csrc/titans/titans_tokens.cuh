@@ -29,10 +29,9 @@ class SegmentGradients {
  public:
     // states: of the segment, [D_v, D]; anchor: W_anchor^T, the same. products: of a sequence's
     // first segment [D_v / 16][kProducts], else null.
-    DEVICE SegmentGradients(const Layout& shared, const TitansLinearParams& p,
-                            const Sequence<kRows>& in, const Segment& at,
-                            const E* const (&states)[kStateKinds], const E* anchor,
-                            const float* products)
+    DEVICE SegmentGradients(const Layout& shared, const TitansParams& p, const Sequence<kRows>& in,
+                            const Segment& at, const E* const (&states)[kStateKinds],
+                            const E* anchor, const float* products)
         : shared_(shared),
           p_(p),
           in_(in),
@@ -40,7 +39,7 @@ class SegmentGradients {
           states_(states),
           anchor_(anchor),
           needs_products_(!products && (p.momentum.data || p.decay.data)),
-          has_momentum_(p.momentum.data),
+          has_momentum_(p.has_momentum),
           l2_(p.objective == TitansObjective::l2),
           reads_anchor_(p.read == TitansRead::chunk),
           thread_(static_cast<int>(threadIdx.x)),
@@ -349,7 +348,7 @@ class SegmentGradients {
     }
 
     const Layout& shared_;
-    const TitansLinearParams& p_;
+    const TitansParams& p_;
     const Sequence<kRows>& in_;
     const Segment& at_;
     const E* const (&states_)[kStateKinds];

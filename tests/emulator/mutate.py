@@ -155,7 +155,9 @@ class Workshop:
         for file, instances in FEW_INSTANCES.items():
             source = self.few / file
             source.write_text(re.sub(instances, "", source.read_text()))
-        self.try_instances(library.make(), Attempt("definitions", "plain", CSRC, "^$"))
+        whole = Attempt("definitions", "plain", CSRC, "")
+        if problem := self.try_instances(library.make(), whole):  # and leaves the bounds
+            raise SystemExit(f"the kernels as they are: {problem}")
 
     def attempts(self, file: Path) -> Iterator[Attempt]:
         stem = f"^{stem_of(file)}"
@@ -230,8 +232,10 @@ def verdict(run: subprocess.CompletedProcess[str]) -> str | None:
     if run.returncode == 0:
         return None
     lines = run.stdout.splitlines() or [""]
-    told = [line for line in lines if re.search(r"(?i:error|warning: )", line)] or lines
-    return f"{told[0].strip()[:120]} (status {run.returncode})"
+    told = [
+        line for line in lines if re.search(r"^(E +)?\w*Error: |^SUMMARY: |runtime error: ", line)
+    ]
+    return f"{(told or lines)[-1].removeprefix('E').strip()[:120]} (status {run.returncode})"
 
 
 # ---- the run -------------------------------------------------------------------------------------

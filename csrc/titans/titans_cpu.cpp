@@ -1,0 +1,46 @@
+// The Titans memory on the CPU: tasks (sequence, head) over threads, each in the machine's best
+// instruction set.
+#include "common/isa_cpu.h"
+#include "common/tasks_cpu.h"
+#include "titans/titans.h"
+
+#define HOPE_EACH_ISA "titans/titans_cpu.h"
+#include "common/each_isa_cpu.h"
+
+namespace hope {
+namespace {
+
+struct Variant {
+    void (*tasks)(const TitansParams&, bool, int64_t, int64_t, void*);
+    int64_t (*scratch_bytes)(const TitansParams&, bool);
+};
+
+template <class T>
+Variant variant() {
+#if defined(__x86_64__)
+    if (machine_isa() == Isa::avx512)
+        return {avx512::titans_tasks<T>, avx512::titans_scratch_bytes<T>};
+    if (machine_isa() == Isa::avx2) return {avx2::titans_tasks<T>, avx2::titans_scratch_bytes<T>};
+#endif
+    return {baseline::titans_tasks<T>, baseline::titans_scratch_bytes<T>};
+}
+
+void run(const TitansParams& params, bool backward, const ParallelFor& parallel_for) {
+    const Variant use = params.element == Element::float64 ? variant<double>() : variant<float>();
+    const size_t bytes = static_cast<size_t>(use.scratch_bytes(params, backward));
+    run_tasks(parallel_for, params.sequences * params.heads, bytes,
+              [&](int64_t begin, int64_t end, void* scratch) {
+                  use.tasks(params, backward, begin, end, scratch);
+              });
+}
+
+}  // namespace
+
+void titans_fwd_cpu(const TitansParams& params, const ParallelFor& parallel_for) {
+    run(params, false, parallel_for);
+}
+void titans_bwd_cpu(const TitansParams& params, const ParallelFor& parallel_for) {
+    run(params, true, parallel_for);
+}
+
+}  // namespace hope
