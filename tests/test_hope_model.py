@@ -14,7 +14,8 @@ from hope import (
     parameter_count,
     preset,
 )
-from hope.layers import MIXERS, unit, unit_qk
+from hope.layers import MIXERS
+from hope.layers.unit import unit, unit_qk
 from torch import nn
 from torch.utils import _pytree as pytree
 
