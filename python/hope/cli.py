@@ -89,7 +89,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
-        help="model and training settings to start from (default: tiny)",
+        metavar="PRESET",
+        help=f"settings to start from, one of: {', '.join(PRESETS)} (default: tiny)",
     )
     parser.add_argument(
         "--data",

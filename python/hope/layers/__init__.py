@@ -12,16 +12,32 @@ Shapes: B batch, T tokens, H heads, D head_dim, C channels, K convolution width,
 
 from torch import nn
 
-from hope.config import AttentionConfig, MixerConfig, TitansConfig
+from hope.config import AttentionConfig, MacConfig, MagConfig, MalConfig, MixerConfig, TitansConfig
 from hope.layers.attention import Attention, AttentionState
 from hope.layers.conv import CausalConv
+from hope.layers.mac import MacState, MemoryAsContext
+from hope.layers.mag import MagState, MemoryAsGate
+from hope.layers.mal import MemoryAsLayer
 from hope.layers.memory import TitansMemory, TitansMemoryState
 from hope.layers.mlp import SwiGLU
 
-__all__ = ["MIXERS", "Attention", "CausalConv", "MixerState", "SwiGLU", "TitansMemory"]
+__all__ = [
+    "MIXERS",
+    "Attention",
+    "CausalConv",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
+    "MixerState",
+    "SwiGLU",
+    "TitansMemory",
+]
 
-MixerState = TitansMemoryState | AttentionState
+MixerState = TitansMemoryState | AttentionState | MacState | MagState
 MIXERS: dict[type[MixerConfig], type[nn.Module]] = {
     TitansConfig: TitansMemory,
     AttentionConfig: Attention,
+    MacConfig: MemoryAsContext,
+    MagConfig: MemoryAsGate,
+    MalConfig: MemoryAsLayer,
 }

@@ -1,4 +1,4 @@
-"""Softmax attention over the whole text."""
+"""Softmax attention over the whole text, and what all attention shares."""
 
 from dataclasses import dataclass
 
@@ -91,3 +91,38 @@ def document_positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]
     index = torch.arange(tokens, device=cu_seqlens.device)
     document = torch.searchsorted(starts, index, right=True) - 1
     return document, index - starts[document]
+
+
+def rotate_half(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """The first half of the dimensions of x [..., T, D] turned by `rotate`; the rest as it is."""
+    turned, rest = x.chunk(2, dim=-1)
+    return torch.cat((rotate(turned, positions, base), rest), dim=-1)
+
+
+class Persistent(nn.Module):
+    """P learned keys and values per head that every token sees: what the task, not a text, teaches.
+
+    They are keys and values themselves, not tokens: so they cost two small tensors and no
+    projection. Their keys are zero in the dimensions that `rotate_half` turns: they stand at no
+    position, and a token's distance from the start of its text, block or segment changes nothing.
+    The memory's share of them in Titans (section 3.3) is its learned initial weights.
+    """
+
+    def __init__(self, heads: int, head_dim: int, count: int) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(heads, count, head_dim // 2))
+        self.values = nn.Parameter(torch.empty(heads, count, head_dim))
+
+    def init_weights(self) -> None:
+        """Keys as long as a token's; values of zero, so that they begin as a place to look away."""
+        nn.init.normal_(self.keys)
+        nn.init.zeros_(self.values)
+
+    def prepend(self, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v [..., H, K, D] and mask [..., Q, K] (True: visible), with P more in front of K."""
+        count = self.keys.shape[1]
+        keys = F.pad(self.keys, (k.shape[-1] - self.keys.shape[-1], 0)).to(k.dtype)
+        k = torch.cat((keys.expand(*k.shape[:-3], -1, -1, -1), k), dim=-2)
+        values = self.values.to(v.dtype)
+        v = torch.cat((values.expand(*v.shape[:-3], -1, -1, -1), v), dim=-2)
+        return k, v, F.pad(mask, (count, 0), value=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Unit(torch.autograd.Function):
@@ -69,3 +69,17 @@ def unit(x: Tensor, length: float = 1.0, eps: float = 1e-6) -> Tensor:
 def unit_qk(qkv: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, T, H, D] of qkv [B, T, 3, H, D], q and k scaled to length 1."""
     return _UnitQK.apply(qkv, eps)
+
+
+class RMSNorm(nn.Module):
+    """x [..., C] scaled to length sqrt(C), times a learned weight per channel, in x's dtype.
+
+    (torch's own has a slow path, and a warning, where autocast made x of another dtype.)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit(x, len(self.weight) ** 0.5) * self.weight.to(x.dtype)
