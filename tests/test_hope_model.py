@@ -210,7 +210,7 @@ def test_logits_are_float32_under_autocast(model):
 @pytest.mark.parametrize("name", ["titans", "mac", "mag", "mal"])
 def test_compiles_without_graph_breaks(name):
     model = small_model(MIXER_CONFIGS[name], layers=1)
-    tokens = random_tokens(2, 20)
+    tokens = random_tokens(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-4, rtol=1e-4)
 
