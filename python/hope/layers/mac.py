@@ -123,7 +123,7 @@ class MemoryAsContext(nn.Module):
             memory, before = state.memory, state.before
             keys, values = (rows[:, :, :place].to(k.dtype) for rows in (state.keys, state.values))
         outputs, start = [], 0
-        while start < tokens or memory is None:
+        while start < tokens or not outputs:  # once for an empty text, which has a state too
             stop = min(tokens, start + config.segment - place)
             here = slice(start, stop)
             h = self.memory.retrieve(x[:, here], before)
