@@ -110,7 +110,7 @@ def test_memory_as_context_is_its_definition(segment):
             y.append(weigh(turned(qkv[t, 0, head], place), keys[head], values[head]))
         y = layer.attention_norm(torch.cat(y)[None, None])
         read, state = layer.memory(y, state)
-        outputs.append(layer.out(y * F.silu(layer.memory_norm(read))))
+        outputs.append(layer.out(y * 2 * layer.memory_norm(read).sigmoid()))
     torch.testing.assert_close(o, torch.cat(outputs, 1))
 
 

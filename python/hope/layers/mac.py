@@ -49,7 +49,7 @@ class MemoryAsContext(nn.Module):
 
         h_t = M(q(x_t))                                     nothing is learned here
         y_t = attention of t to the persistent keys, and to h_s and x_s of the segment for s <= t
-        o_t = y_t * silu(M_t(y_t))                          M_t: M having learned y_s for s <= t
+        o_t = y_t * 2 sigmoid(M_t(y_t))                     M_t: M having learned y_s for s <= t
 
     Everything a token sees is at or before it: h_s for s > t would tell of x_s, so attention to h
     is causal too, and o_t reads the memory as of its own token instead of the segment's end. Keys
@@ -133,7 +133,7 @@ class MemoryAsContext(nn.Module):
             values = torch.cat((values, torch.stack((h_values, v[:, :, here]), 3)), 2)
             y = self.attention_norm(self._attend(q[:, :, here], keys, values))
             read, memory = self.memory(y, memory)
-            outputs.append(y * F.silu(self.memory_norm(read)))
+            outputs.append(y * (2 * self.memory_norm(read).sigmoid()))  # the gate begins near 1
             place, start = place + stop - start, stop
             if place == config.segment:
                 place, before = 0, memory.memory.weights

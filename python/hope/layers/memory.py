@@ -99,7 +99,7 @@ class NeuralMemory(nn.Module):
         qkv = qkv.unflatten(-1, (3, config.heads, config.head_dim))
         q, k, v = unit_qk(qkv)  # [B, T, H, D]
         if config.memory == "deep" or config.norm == "layer":
-            v = unit(v)
+            v = unit(v)  # larger ones would take the inner loop out of its stable range: see _gain
         lr, momentum, decay, gate = self._rates(x)
         o, memory = hope_ext.titans_memory(
             q,
