@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import json
 import re
 import signal
 import subprocess
@@ -29,10 +30,13 @@ def text(tmp_path, monkeypatch):
     return "text.txt"
 
 
+TRAIN = ("train", "--data", "text.txt")
+
+
 @pytest.fixture
 def train(text):
     def run(*arguments):
-        return main(["train", "--data", text, "--steps", "3", *SMALL, *arguments])
+        return main([*TRAIN, "--steps", "3", *SMALL, *arguments])
 
     return run
 
@@ -57,6 +61,23 @@ def test_train_says_what_it_does_and_where_the_files_are(train, tmp_path, capsys
     for path in ("metrics.jsonl", "loss.png", "sample.txt", "checkpoints/step-00000003"):
         assert f"runs/tiny/{path}" in out
         assert (tmp_path / "runs" / "tiny" / path).exists()
+
+
+@pytest.mark.parametrize("name", ["tiny-deep", "tiny-mac", "tiny-mag", "tiny-mal"])
+def test_every_variant_learns_and_writes(text, tmp_path, capsys, name):
+    sizes = ("--set", "model.mixer.heads=2", "--set", "model.mixer.chunk_size=8")
+    near = {"tiny-mac": "segment", "tiny-mag": "window", "tiny-mal": "window"}.get(name)
+    if near is not None:
+        sizes += ("--set", f"model.mixer.{near}=12")
+    rate = ("--set", "train.lr=2e-2", "--set", "train.batch=8")
+    assert main([*TRAIN, "--preset", name, "--steps", "40", *SMALL, *sizes, *rate]) == 0
+    lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = [r["train_bits_per_byte"] for r in records if "train_bits_per_byte" in r]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    capsys.readouterr()
+    assert main(["generate", f"runs/{name}", "--prompt", "the q", "--length", "20"]) == 0
+    assert capsys.readouterr().out.startswith("the q")
 
 
 def test_every_new_run_gets_a_directory_and_resume_finds_the_latest(train, tmp_path, capsys):
@@ -155,7 +176,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert run.returncode in (0, 128 + signal.SIGPIPE)  # 0: all fitted into the pipe in time
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["generate"], ["info"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

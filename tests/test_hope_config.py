@@ -7,6 +7,7 @@ from hope import (
     PRESETS,
     AttentionConfig,
     HopeError,
+    MalConfig,
     ModelConfig,
     RunConfig,
     TitansConfig,
@@ -35,10 +36,69 @@ def test_missing_fields_take_their_defaults():
         ({"model": {"dim": True}}, "model.dim must be of type int, not True"),
         ({"model": {"dim": 0}}, "model.dim must be at least 1, not 0"),
         ({"model": {"mixer": {"heads": 2}}}, "model.mixer.kind must be one of titans, attention"),
-        ({"model": {"mixer": "mamba"}}, "must be one of titans, attention, not 'mamba'"),
+        (
+            {"model": {"mixer": "mamba"}},
+            "must be one of titans, attention, mac, mag, mal, not 'mamba'",
+        ),
         (
             {"model": {"mixer": {"kind": "titans", "lr_max": 3}}},
             r"model.mixer.lr_max must be in \(0",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "memory": "shallow"}}},
+            "model.mixer.memory must be 'linear' or 'deep', not 'shallow'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "expansion": 0}}},
+            "model.mixer.expansion must be at least 1, not 0",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "activation": "relu"}}},
+            "model.mixer.activation must be 'gelu' or 'silu', not 'relu'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "norm": "rms"}}},
+            "model.mixer.norm must be 'none' or 'layer', not 'rms'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "read": "never"}}},
+            "model.mixer.read must be 'after', 'before' or 'chunk', not 'never'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "memory": "deep", "objective": "dot"}}},
+            "model.mixer.objective must be 'l2' with a deep memory without a norm, not 'dot'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "half_life_min": 0}}},
+            "model.mixer.half_life_min must be above 0, not 0",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "half_life_min": 5000}}},
+            r"model.mixer.half_life_max must be at least half_life_min \(5000\), not 2048",
+        ),
+        (
+            {"model": {"mixer": {"kind": "titans", "half_life_max": "long"}}},
+            "model.mixer.half_life_max must be of type float, not 'long'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "mac", "segment": 0}}},
+            "model.mixer.segment must be at least 1, not 0",
+        ),
+        (
+            {"model": {"mixer": {"kind": "mac", "window": 8}}},
+            "unknown field model.mixer.window; there are: .*segment",
+        ),
+        (
+            {"model": {"mixer": {"kind": "mag", "window": 0}}},
+            "model.mixer.window must be at least 1, not 0",
+        ),
+        (
+            {"model": {"mixer": {"kind": "mal", "persistent": -1}}},
+            "model.mixer.persistent must be at least 0, not -1",
+        ),
+        (
+            {"model": {"mixer": {"kind": "mal", "head_dim": 6}}},
+            "model.mixer.head_dim must be a multiple of 4 .*, not 6",
         ),
         ({"train": {"schedule": "flat"}}, "train.schedule must be 'cosine' or 'linear'"),
         ({"train": 3}, "train must be an object with fields, not 3"),
@@ -59,9 +119,19 @@ def test_overrides():
     assert config.model.mixer == TitansConfig(read="chunk")
 
 
+def test_a_deep_memory_forgets_more_slowly_unless_it_is_told_otherwise():
+    assert TitansConfig().half_lives == (32, 2048)
+    assert TitansConfig(memory="deep").half_lives == (4096, 65536)
+    config = override(RunConfig(), ["model.mixer.memory=deep", "model.mixer.half_life_min=8"])
+    assert config.model.mixer.half_lives == (8, 65536)
+    assert override(config, ["model.mixer.half_life_min=null"]).model.mixer.half_life_min is None
+
+
 def test_an_override_can_swap_the_mixer_and_then_set_its_fields():
     config = override(RunConfig(), ["model.mixer=attention", "model.mixer.conv_width=4"])
     assert config.model.mixer == AttentionConfig(conv_width=4)
+    config = override(config, ["model.mixer=mal", "model.mixer.window=9"])
+    assert config.model.mixer == MalConfig(window=9)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +156,7 @@ def test_a_budget_is_a_whole_number_of_steps():
 
 def test_the_tiny_presets_are_of_one_size():
     tiny, *others = (
-        parameter_count(preset(name).model)
-        for name in ("tiny", "tiny-transformer", "tiny-conv-attention")
+        parameter_count(preset(name).model) for name in PRESETS if name.startswith("tiny")
     )
     for other in others:
         assert abs(other / tiny - 1) < 0.03

@@ -1,11 +1,28 @@
 """Language models whose memories learn while they read: layers, models, training, generation."""
 
 from hope.checkpoint import load_config, load_model
-from hope.config import AttentionConfig, ModelConfig, RunConfig, TitansConfig, TrainConfig
+from hope.config import (
+    AttentionConfig,
+    MacConfig,
+    MagConfig,
+    MalConfig,
+    ModelConfig,
+    RunConfig,
+    TitansConfig,
+    TrainConfig,
+)
 from hope.data import Corpus, load_corpus
 from hope.errors import HopeError
 from hope.generate import decode, generate
-from hope.layers import Attention, CausalConv, SwiGLU, TitansMemory
+from hope.layers import (
+    Attention,
+    CausalConv,
+    MemoryAsContext,
+    MemoryAsGate,
+    MemoryAsLayer,
+    SwiGLU,
+    TitansMemory,
+)
 from hope.model import LanguageModel, ModelState, parameter_count
 from hope.presets import PRESETS, preset
 from hope.train import Trainer, TrainingDiverged, TrainResult
@@ -18,6 +35,12 @@ __all__ = [
     "Corpus",
     "HopeError",
     "LanguageModel",
+    "MacConfig",
+    "MagConfig",
+    "MalConfig",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
     "ModelConfig",
     "ModelState",
     "RunConfig",

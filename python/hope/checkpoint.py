@@ -52,6 +52,11 @@ def _checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is anything to resume in a run's directory."""
+    return bool(_checkpoints(run))
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest one of the run that `path` is."""
     if (path / _MODEL).is_file():

@@ -1,4 +1,4 @@
-"""The command line: `hope train`, `hope generate`, `hope info`."""
+"""The command line: `hope train`, `hope compare`, `hope generate`, `hope info`."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ import torch
 
 import hope_ext
 from hope.checkpoint import find_checkpoint, load_config, load_model
+from hope.compare import Comparison, comparable, load_comparison, table
 from hope.config import RunConfig, override, to_dict
 from hope.data import load_corpus
 from hope.device import choose_device
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_compare(commands)
     _add_generate(commands)
     info = commands.add_parser(
         "info",
@@ -89,24 +91,10 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
-        help="model and training settings to start from (default: tiny)",
+        metavar="PRESET",
+        help=f"settings to start from, one of: {', '.join(PRESETS)} (default: tiny)",
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="text to train on: files, directories, globs (default: Python's standard library)",
-    )
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--tokens", type=_positive, help="how many bytes of text to train on")
-    budget.add_argument("--steps", type=_positive, help="the same, in optimizer steps")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting; may be repeated",
-    )
+    _add_settings(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -120,6 +108,44 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_device(parser)
     parser.set_defaults(command=_train)
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="train presets side by side",
+        description=(
+            "Trains presets one after the other, on the same text in the same order and the same\n"
+            "number of bytes, and shows parameters, bits per byte and seconds side by side."
+        ),
+        epilog=(
+            "examples:\n"
+            "  hope compare tiny tiny-transformer --steps 200\n"
+            "  hope compare tiny tiny-mac tiny-mag tiny-mal --data notes/ --out runs/variants\n"
+            "  hope compare --resume --out runs/variants  continue a stopped comparison\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "presets",
+        nargs="*",
+        metavar="PRESET",
+        help=f"two or more (with --resume: none are needed) of: {', '.join(PRESETS)}",
+    )
+    _add_settings(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where the files go (default: runs/compare, or runs/compare-2, ... if it is taken)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the comparison in --out (default: the latest)",
+    )
+    _add_device(parser)
+    parser.set_defaults(command=_compare)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -155,6 +181,26 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _add_device(parser)
     parser.set_defaults(command=_generate)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that change a preset's settings."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text to train on: files, directories, globs (default: Python's standard library)",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--tokens", type=_positive, help="how many bytes of text to train on")
+    budget.add_argument("--steps", type=_positive, help="the same, in optimizer steps")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change one setting; may be repeated",
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +248,46 @@ def _train(options: argparse.Namespace) -> int:
     return 0 if result.signal is None else 128 + result.signal
 
 
+def _compare(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    if options.resume:
+        out = options.out or _latest_run("compare")
+        configs = _resumed_comparison(options, out)
+    else:
+        configs = [_configured(options, preset(name)) for name in options.presets]
+        configs = comparable(configs)
+        out = options.out or _new_run("compare")
+    train = configs[0].train
+    corpus = load_corpus(configs[0].data, window=train.sequence)
+    comparison = Comparison(configs, corpus, out, device, resume=options.resume)
+    print(f"data   {corpus.description}")
+    print(f"budget {train.steps * train.tokens_per_step:,} bytes for each, on {device}")
+    print(f"out    {out}", flush=True)
+    stopped = comparison.run()
+    if stopped is not None:
+        print(
+            f"\nstopped by {stopped.signal.name}; continue with: hope compare --resume --out {out}"
+        )
+        return 128 + stopped.signal
+    print(f"\n{table(comparison.runs)}\n\nfiles:")
+    for name in ("compare.json", "compare.png", *(config.preset for config in configs)):
+        print(f"  {out / name}")
+    return 0
+
+
+def _resumed_comparison(options: argparse.Namespace, out: Path) -> list[RunConfig]:
+    """The configs of the comparison in `out`; what the command line says must agree with them."""
+    saved = load_comparison(out)
+    names = [config.preset for config in saved]
+    if options.presets and options.presets != names:
+        raise HopeError(
+            f"{out} is a comparison of {' '.join(names)}, not of {' '.join(options.presets)}"
+        )
+    for config in saved:
+        _refuse_changes(config, _configured(options, config))
+    return saved
+
+
 def _configured(options: argparse.Namespace, config: RunConfig) -> RunConfig:
     """`config` with what the command line asks for."""
     config = override(config, options.set)
@@ -220,10 +306,13 @@ def _resumed_config(options: argparse.Namespace, out: Path) -> RunConfig:
     saved = load_config(find_checkpoint(out))
     if options.preset not in (None, saved.preset):
         raise HopeError(f"{out} is a run of preset {saved.preset!r}, not {options.preset!r}")
-    asked = _configured(options, saved)
+    _refuse_changes(saved, _configured(options, saved))
+    return saved
+
+
+def _refuse_changes(saved: RunConfig, asked: RunConfig) -> None:
     if changes := _differences(to_dict(saved), to_dict(asked)):
         raise HopeError(f"a resumed run keeps its settings, but these differ: {', '.join(changes)}")
-    return saved
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:

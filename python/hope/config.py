@@ -1,8 +1,8 @@
 """Typed, validated, immutable descriptions of a model and its training, and their JSON form.
 
-A mixer's config names its class: `MIXER_KINDS` maps the `"kind"` of the JSON form to the config
-class, and `hope.layers.MIXERS` maps the config class to the module. A new memory adds one entry to
-each.
+A mixer's config names its class: `MixerConfig` lists the config classes, whose `kind` the JSON form
+carries, and `hope.layers.MIXERS` maps the config class to the module. A new memory adds one entry
+to each.
 """
 
 import dataclasses
@@ -22,52 +22,141 @@ def _require(condition: bool, name: str, expected: str, value: object) -> None:
         raise HopeError(f"{name} must be {expected}, not {value!r}")
 
 
+def _choose(value: object, name: str, *choices: str) -> None:
+    *others, last = map(repr, choices)
+    _require(value in choices, name, f"{', '.join(others)} or {last}", value)
+
+
 @dataclass(frozen=True)
 class TitansConfig:
-    """The Titans memory as a token mixer: one linear memory per head, rewritten while it reads.
+    """The Titans memory as a token mixer: one memory per head, rewritten while it reads.
+
+    memory: "linear", a matrix; "deep", `M(x) = x + act(x W1) W2`, an MLP that is `expansion` times
+    as wide inside, act "gelu" (the tanh form) or "silu". norm: "layer" puts a LayerNorm on what the
+    memory adds to x, whose weight and bias the inner loop leaves alone (then a linear memory is
+    `x + LN(x W)`, that of TTT).
 
     The inner learning rate of a token is `lr_max * (1 - momentum) / chunk_size * sigmoid(.)`: a
     chunk's gradients are all taken at its start and add up, so the inner loop is stable only while
-    `chunk_size * lr / (1 - momentum)` stays below 2 for keys of length 1.
+    `chunk_size * lr / (1 - momentum)` stays below 2 for keys of length 1. (A deep memory's rate is
+    scaled further: see hope.layers.memory.)
     """
 
     kind: ClassVar[str] = "titans"
 
     heads: int = 4
     head_dim: int = 32
+    memory: str = "linear"
+    expansion: int = 4  # of a deep memory
+    activation: str = "gelu"  # of a deep memory
+    norm: str = "none"
     chunk_size: int = 32
     conv_width: int = 4  # of the causal convolution on q, k and v; 1: a factor alone
     lr_max: float = 1.5
     momentum_max: float = 0.9  # 0: no momentum
-    # The decay gates start with half-lives spread over the heads between these numbers of tokens.
-    half_life_min: float = 32.0
-    half_life_max: float = 2048.0
+    # The decay gates start with half-lives spread over the heads between these numbers of tokens;
+    # None: 32 and 2048, or 4096 and 65536 for a deep memory, which near zero weights hardly learns.
+    half_life_min: float | None = None
+    half_life_max: float | None = None
     objective: str = "l2"
     read: str = "after"
 
     def __post_init__(self) -> None:
         _require(self.heads > 0, "heads", "at least 1", self.heads)
         _require(self.head_dim > 0, "head_dim", "at least 1", self.head_dim)
+        _choose(self.memory, "memory", "linear", "deep")
+        _require(self.expansion > 0, "expansion", "at least 1", self.expansion)
+        _choose(self.activation, "activation", "gelu", "silu")
+        _choose(self.norm, "norm", "none", "layer")
         _require(self.chunk_size > 0, "chunk_size", "at least 1", self.chunk_size)
         _require(self.conv_width > 0, "conv_width", "at least 1", self.conv_width)
         _require(
             0 < self.lr_max <= 2, "lr_max", "in (0, 2], where the inner loop is stable", self.lr_max
         )
         _require(0 <= self.momentum_max <= 0.9, "momentum_max", "in [0, 0.9]", self.momentum_max)
-        _require(self.half_life_min > 0, "half_life_min", "above 0", self.half_life_min)
+        shortest, longest = self.half_lives
+        _require(shortest > 0, "half_life_min", "above 0", shortest)
         _require(
-            self.half_life_max >= self.half_life_min,
-            "half_life_max",
-            f"at least half_life_min ({self.half_life_min})",
-            self.half_life_max,
+            longest >= shortest, "half_life_max", f"at least half_life_min ({shortest:g})", longest
         )
-        _require(self.objective in ("l2", "dot"), "objective", "'l2' or 'dot'", self.objective)
+        _choose(self.objective, "objective", "l2", "dot")
+        if self.memory == "deep" and self.norm == "none":
+            # Each layer would grow by what the other holds, without an end.
+            _require(
+                self.objective == "l2", "objective", "'l2' with a deep memory without a norm", "dot"
+            )
+        _choose(self.read, "read", "after", "before", "chunk")
+
+    @property
+    def half_lives(self) -> tuple[float, float]:
+        """The shortest and the longest that the decay gates start with."""
+        shortest, longest = (4096.0, 65536.0) if self.memory == "deep" else (32.0, 2048.0)
+        if self.half_life_min is not None:
+            shortest = self.half_life_min
+        if self.half_life_max is not None:
+            longest = self.half_life_max
+        return shortest, longest
+
+
+@dataclass(frozen=True)
+class _WithAttention(TitansConfig):
+    """A Titans memory and attention over few tokens, in one mixer with the same heads.
+
+    persistent: learned keys and values per head that every token sees.
+    """
+
+    persistent: int = 4
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
-            self.read in ("after", "before", "chunk"),
-            "read",
-            "'after', 'before' or 'chunk'",
-            self.read,
+            self.head_dim % 4 == 0,
+            "head_dim",
+            "a multiple of 4 (rotary positions turn pairs in half of the dimensions)",
+            self.head_dim,
         )
+        _require(self.persistent >= 0, "persistent", "at least 0", self.persistent)
+        _require(self.rope_base > 1, "rope_base", "above 1", self.rope_base)
+
+
+@dataclass(frozen=True)
+class MacConfig(_WithAttention):
+    """Memory as a context (Titans, section 4.1): attention over segments, and what is remembered.
+
+    segment: tokens per segment. heads * head_dim must be the model's dim.
+    """
+
+    kind: ClassVar[str] = "mac"
+
+    segment: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.segment > 0, "segment", "at least 1", self.segment)
+
+
+@dataclass(frozen=True)
+class MagConfig(_WithAttention):
+    """Memory as a gate (section 4.2): sliding-window attention, gated by a memory beside it.
+
+    window: tokens that a token sees, itself included.
+    """
+
+    kind: ClassVar[str] = "mag"
+
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.window > 0, "window", "at least 1", self.window)
+
+
+@dataclass(frozen=True)
+class MalConfig(MagConfig):
+    """Memory as a layer (section 4.3): sliding-window attention over what a memory answers."""
+
+    kind: ClassVar[str] = "mal"
 
 
 @dataclass(frozen=True)
@@ -93,8 +182,10 @@ class AttentionConfig:
         _require(self.rope_base > 1, "rope_base", "above 1", self.rope_base)
 
 
-MixerConfig = TitansConfig | AttentionConfig
-MIXER_KINDS: dict[str, type[MixerConfig]] = {c.kind: c for c in (TitansConfig, AttentionConfig)}
+MixerConfig = TitansConfig | AttentionConfig | MacConfig | MagConfig | MalConfig
+MIXER_KINDS: dict[str, type[MixerConfig]] = {
+    config.kind: config for config in typing.get_args(MixerConfig)
+}
 
 
 @dataclass(frozen=True)
@@ -156,12 +247,8 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         _require(0 <= self.lr_final <= 1, "lr_final", "in [0, 1]", self.lr_final)
         _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
-        _require(
-            self.schedule in ("cosine", "linear"), "schedule", "'cosine' or 'linear'", self.schedule
-        )
-        _require(
-            self.dtype in ("float32", "bfloat16"), "dtype", "'float32' or 'bfloat16'", self.dtype
-        )
+        _choose(self.schedule, "schedule", "cosine", "linear")
+        _choose(self.dtype, "dtype", "float32", "bfloat16")
 
     @property
     def tokens_per_step(self) -> int:
@@ -224,6 +311,10 @@ def _parse(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise HopeError(f"{path} must be a list of strings, not {value!r}")
+    if type(None) in typing.get_args(hint):  # "T | None"
+        if value is None:
+            return None
+        (hint,) = (item for item in typing.get_args(hint) if item is not type(None))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():

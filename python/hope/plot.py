@@ -1,21 +1,17 @@
-"""The loss curve of a run as a picture."""
+"""The loss curves of runs as pictures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hope.files import atomic_file
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> None:
     """Draws the training and validation losses of a `metrics.jsonl` over tokens as a PNG."""
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # slow to import, and needed only here
-    from matplotlib.figure import Figure
-
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(8, 5)
     axes = figure.add_subplot()
     for key, label, style in (
         ("train_bits_per_byte", "training", {"linewidth": 0.8}),
@@ -27,5 +23,44 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
     axes.set(xlabel="tokens", ylabel="bits per byte", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, picture)
+
+
+def plot_runs(runs: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Draws runs (`hope.compare.figures`) over tokens, and over seconds of training, as a PNG."""
+    figure = _figure(12, 5)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, over in zip(panels, ("tokens", "seconds"), strict=True):
+        for index, run in enumerate(runs):
+            color = f"C{index}"
+            training, validation = run["training"], run["validation"]
+            axes.plot(
+                training[over], training["bits_per_byte"], color=color, linewidth=0.5, alpha=0.4
+            )
+            axes.plot(
+                validation[over],
+                validation["bits_per_byte"],
+                color=color,
+                marker="o",
+                markersize=4,
+                label=f"{run['preset']}, {run['parameters'] / 1e6:.2f} M parameters",
+            )
+        axes.set(xlabel=f"{over} of training")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="bits per byte (line with dots: validation)")
+    panels[0].legend()
+    _save(figure, picture)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed only here
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, picture: Path) -> None:
     with atomic_file(picture) as path:
         figure.savefig(path)

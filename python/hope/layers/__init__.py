@@ -1,0 +1,43 @@
+"""The layers of a model: token mixers, and the MLP between them.
+
+A *mixer* is a module `forward(x, state=None, cu_seqlens=None) -> (y, state)` that moves
+information between tokens: x and y are [B, T, dim]; `state` is what it carries from one call to
+the next (None at the start of a text), a pytree-registered dataclass with `detach()`; `cu_seqlens`
+(int32 [N + 1], B = 1) marks packed documents, each of which starts anew. For the model's
+initialisation it has `init_weights()`, for what is special in it, and `out`, the linear layer that
+writes into the residual stream. `MIXERS` maps a mixer's config class to its module.
+
+Shapes: B batch, T tokens, H heads, D head_dim, C channels, K convolution width, N packed documents.
+"""
+
+from torch import nn
+
+from hope.config import AttentionConfig, MacConfig, MagConfig, MalConfig, MixerConfig, TitansConfig
+from hope.layers.attention import Attention, AttentionState
+from hope.layers.conv import CausalConv
+from hope.layers.mac import MacState, MemoryAsContext
+from hope.layers.mag import MagState, MemoryAsGate
+from hope.layers.mal import MemoryAsLayer
+from hope.layers.memory import TitansMemory, TitansMemoryState
+from hope.layers.mlp import SwiGLU
+
+__all__ = [
+    "MIXERS",
+    "Attention",
+    "CausalConv",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
+    "MixerState",
+    "SwiGLU",
+    "TitansMemory",
+]
+
+MixerState = TitansMemoryState | AttentionState | MacState | MagState
+MIXERS: dict[type[MixerConfig], type[nn.Module]] = {
+    TitansConfig: TitansMemory,
+    AttentionConfig: Attention,
+    MacConfig: MemoryAsContext,
+    MagConfig: MemoryAsGate,
+    MalConfig: MemoryAsLayer,
+}
