@@ -73,8 +73,7 @@ def _results(
         outputs = [x for x in flat if isinstance(x, Tensor) and x.requires_grad]
         random = torch.Generator().manual_seed(1)
         cotangents = [
-            torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.device, x.dtype)
-            for x in outputs
+            torch.randn(x.shape, generator=random).bfloat16().to(x.device, x.dtype) for x in outputs
         ]
         gradients = torch.autograd.grad(
             outputs, list(leaves.values()), cotangents, materialize_grads=True

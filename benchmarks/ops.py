@@ -25,11 +25,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import check, conv, measure, peers, profiling, report, sources, titans
+from benchmarks import check, conv, measure, peers, profiling, report, sources, titans, titans_deep
 from benchmarks.session import Session
 from benchmarks.subjects import Operator, Setting
 
-OPERATORS = {operator.stem: operator for operator in (titans.BENCHMARK, conv.BENCHMARK)}
+OPERATORS = {
+    operator.name: operator
+    for operator in (titans.BENCHMARK, titans_deep.BENCHMARK, conv.BENCHMARK)
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUICK_REPEATS = 2
 
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "checks": {where: [vars(error) for error in errors] for where, errors in checks.items()},
     }
     out = options.out or (sources.SCRATCH if options.quick else sources.RESULTS)
-    path = sources.dated(out, f"{operator.stem}-{device}").with_suffix(".json")
+    path = sources.dated(out, f"{operator.name}-{device}").with_suffix(".json")
     tables: list[str] = []
     for setting in settings:
         session.measure(setting)
@@ -101,7 +104,7 @@ def _checked(operator: Operator, setting: Setting) -> list[check.Error]:
     """The operator's errors at a setting; those that are too large are printed."""
     errors = check.errors(operator.run, operator.check_arguments(setting))
     if red := [error for error in errors if error.red]:
-        print(f"{operator.stem}, {setting}: WRONG, so nothing is timed", file=sys.stderr)
+        print(f"{operator.name}, {setting}: WRONG, so nothing is timed", file=sys.stderr)
         for error in red:
             print(
                 f"  {error.name}: error {error.error:.3g} against the float64 definition, "
@@ -178,8 +181,8 @@ def _device(
     why_not = None
     if not torch.cuda.is_available():
         why_not = "torch sees no GPU here"
-    elif operator.stem not in report.cuda_stems():
-        why_not = f"{operator.stem} has no CUDA kernels in this build"
+    elif operator.stem not in report.cuda_stems() or "cuda" not in operator.contests:
+        why_not = f"{operator.name} has no CUDA kernels in this build"
     if options.device == "cuda" and why_not:
         parser.error(f"--device cuda: {why_not}")
     return "cpu" if options.device == "cpu" or why_not else "cuda"

@@ -51,10 +51,13 @@ def why_not(peer: str) -> str | None:
     return None
 
 
-def titans_pytorch(heads: int, head_dim: int, chunk_size: int) -> nn.Module:
-    """titans-pytorch's layer with a linear memory, momentum and decay; x [B, T, heads * head_dim].
+def titans_pytorch(
+    heads: int, head_dim: int, chunk_size: int, expansion: float | None = None
+) -> nn.Module:
+    """titans-pytorch's layer with momentum and decay; x [B, T, heads * head_dim].
 
-    Its memory is a matrix per head with a residual LayerNorm around it.
+    Its memory is a matrix per head, or with `expansion` an MLP of two layers, with a residual norm
+    around it.
     """
     from titans_pytorch import NeuralMemory
 
@@ -63,7 +66,9 @@ def titans_pytorch(heads: int, head_dim: int, chunk_size: int) -> nn.Module:
         heads=heads,
         dim_head=head_dim,
         chunk_size=chunk_size,
-        default_model_kwargs={"depth": 1},
+        default_model_kwargs=(
+            {"depth": 1} if expansion is None else {"depth": 2, "expansion_factor": expansion}
+        ),
     )
 
 

@@ -132,7 +132,7 @@ class Session:
     def table(self, setting: Setting) -> str:
         on_gpu = self.device == "cuda"
         threads = "" if on_gpu else f", {torch.get_num_threads()} threads"
-        parts = [f"{self.operator.stem}  {setting}  {self.device}{threads}"]
+        parts = [f"{self.operator.name}  {setting}  {self.device}{threads}"]
         rows = self.rows_at(setting)
         for contest in self.operator.contests[self.device]:
             for direction in PASSES:

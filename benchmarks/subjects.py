@@ -114,6 +114,7 @@ class Operator:
 
     Attributes:
         stem: the operator's word, as in csrc/<stem>.
+        variant: what of it, if that is not all.
         letters: of a shape, as `--shape` takes it.
         shapes: the default ones of "cpu" and "cuda".
         contests: what is timed on "cpu" and "cuda".
@@ -136,6 +137,11 @@ class Operator:
         default_factory=lambda: {"cpu": ("flops",), "cuda": ("flops", "bytes")}
     )
     bounds: Callable[[Setting], dict[str, Work]] | None = None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.stem}-{self.variant}" if self.variant else self.stem
 
     def peers(self, device: str) -> set[str]:
         """The distributions that its rows on a device come from."""

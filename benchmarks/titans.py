@@ -99,24 +99,28 @@ def _passes(setting: Setting) -> tuple[Work, Work]:
     return forward, backward
 
 
-def bare(setting: Setting) -> Subject:
+def operator_subject(setting: Setting, given: dict, work: dict[str, Work]) -> Subject:
+    """A call of `titans_memory` with gradients of everything that it is given."""
     arguments = _pytree.tree_map(
-        lambda x: x.detach().requires_grad_() if isinstance(x, Tensor) else x, inputs(setting)
+        lambda x: x.detach().requires_grad_() if isinstance(x, Tensor) else x, given
     )
     leaves = [x for x in _pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
     shape = setting.shape
-    return Subject(
-        lambda: run(**arguments),
-        tuple(leaves),
-        shape["B"] * shape["T"],
-        operator_work(setting),
-    )
+    return Subject(lambda: run(**arguments), tuple(leaves), shape["B"] * shape["T"], work)
+
+
+def by_definition(subject: Subject) -> Subject:
+    """The same call on the definition in plain PyTorch."""
+    definition = testing.backend("reference")(subject.forward)
+    return Subject(definition, subject.leaves, subject.tokens, subject.work)
+
+
+def bare(setting: Setting) -> Subject:
+    return operator_subject(setting, inputs(setting), operator_work(setting))
 
 
 def bare_reference(setting: Setting) -> Subject:
-    subject = bare(setting)
-    definition = testing.backend("reference")(subject.forward)
-    return Subject(definition, subject.leaves, subject.tokens, subject.work)
+    return by_definition(bare(setting))
 
 
 def fewer_tokens(shape: dict[str, int]) -> dict[str, int]:
@@ -157,10 +161,10 @@ def _other(setting: Setting, function: Callable[..., Tensor], *tensors: Tensor) 
     )
 
 
-def layer(setting: Setting, module: nn.Module) -> Subject:
+def layer(setting: Setting, module: nn.Module, work: dict[str, Work]) -> Subject:
     """A layer x [B, T, H * D] -> (y, state), with its projections.
 
-    Its work is the operator's, and that of its own linear maps.
+    Its work is the operator's, which is given, and that of its own linear maps.
     """
     shape = setting.shape
     tokens = shape["B"] * shape["T"]
@@ -175,7 +179,6 @@ def layer(setting: Setting, module: nn.Module) -> Subject:
             return module(x)[0]
 
     maps = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-    work = operator_work(setting)
     return Subject(
         forward,
         (x, *module.parameters()),
@@ -195,13 +198,14 @@ def our_layer(setting: Setting) -> Subject:
     config = TitansConfig(heads=shape["H"], head_dim=shape["D"], chunk_size=shape["C"])
     module = TitansMemory(shape["H"] * shape["D"], config)
     module.init_weights()
-    return layer(setting, module)
+    return layer(setting, module, operator_work(setting))
 
 
 def titans_pytorch_layer(setting: Setting) -> Subject:
     shape = setting.shape
     torch.manual_seed(0)
-    return layer(setting, peers.titans_pytorch(shape["H"], shape["D"], shape["C"]))
+    module = peers.titans_pytorch(shape["H"], shape["D"], shape["C"])
+    return layer(setting, module, operator_work(setting))
 
 
 LAYER = Contest(

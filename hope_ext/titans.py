@@ -309,7 +309,7 @@ def _chunks_per_checkpoint(
     q: Tensor, v: Tensor, weights: tuple[Tensor, ...], chunk_size: int, has_momentum: bool
 ) -> int:
     """Chunks between kept states, for the backward: as few as take no more memory than q, k, v."""
-    elements = sum(w.shape[2] * w.shape[3] for w in weights) * (2 if has_momentum else 1)
+    elements = sum(w.shape[-2] * w.shape[-1] for w in weights) * (2 if has_momentum else 1)
     rows_of_chunk = chunk_size * (2 * q.shape[3] + v.shape[3]) * q.element_size()
     return max(1, -(-elements * weights[0].element_size() // max(1, rows_of_chunk)))
 

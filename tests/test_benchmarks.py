@@ -229,6 +229,14 @@ def test_a_shape_must_be_sizes(capsys, shape, message):
     assert message in capsys.readouterr().err
 
 
+def test_the_deep_memory_has_a_benchmark(tmp_path, no_peers):
+    words = ("--op", "titans-deep", "--shape", "1,20,2,16,32,8")
+    status, (result,) = run_ops(tmp_path, *words)
+    assert status == 0
+    timed = {(r["contest"], r["row"]) for r in result["rows"] if "median_ms" in r}
+    assert {("operator", "reference"), ("operator", "ours"), ("layer", "ours")} <= timed
+
+
 def test_threads_are_set_and_written_down(tmp_path, no_peers):
     before = torch.get_num_threads()
     try:

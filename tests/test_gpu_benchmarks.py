@@ -48,8 +48,8 @@ def test_bounds_follow_from_the_shape(shape, forward, backward):
 def test_the_check_reaches_past_a_group_of_chunks(shape):
     """The backward computes the states between two checkpoints again, a group at a time."""
     arguments = titans.check_arguments(Setting(shape, torch.bfloat16, "cpu"))
-    q, v, chunk = arguments["q"], arguments["v"], arguments["chunk_size"]
-    group = chunk * titans_module._chunks_per_checkpoint(q, v, chunk, has_momentum=True)
+    q, v, weights, chunk = (arguments[n] for n in ("q", "v", "weights", "chunk_size"))
+    group = chunk * titans_module._chunks_per_checkpoint(q, v, weights, chunk, has_momentum=True)
     assert group < q.shape[1]
     assert q.shape[1] % chunk  # and the last chunk is not whole
     assert (q.shape[0], *q.shape[2:], chunk) == (2, shape["H"], shape["D"], shape["C"])

@@ -1,0 +1,108 @@
+"""The deep Titans memory: the bare operator against its definition, our layer against
+titans-pytorch's with its own default memory, an MLP of two layers.
+
+B batch, T tokens, H heads, D head size, F hidden size, C chunk size. On the CPU only: deep memories
+have no CUDA kernels yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import peers, titans
+from benchmarks.subjects import FORWARD, TRAINING, Contest, Operator, Row, Setting, Subject, Work
+from hope_ext import testing
+
+
+def inputs(setting: Setting, *, batch: int | None = None, tokens: int | None = None) -> dict:
+    """Arguments of `hope_ext.titans_memory` with momentum and decay."""
+    shape = setting.shape
+    return testing.titans_inputs(
+        setting.dtype,
+        setting.device,
+        batch=batch or shape["B"],
+        tokens=tokens or shape["T"],
+        heads=shape["H"],
+        key=shape["D"],
+        value=shape["D"],
+        hidden=shape["F"],
+        chunk_size=shape["C"],
+    )
+
+
+def check_arguments(setting: Setting) -> dict[str, Any]:
+    """The benchmark's sizes, with one batch row and six chunks and a half: more than lie between
+    two checkpoints, and no more tokens than the definition can keep the states of."""
+    tokens = min(setting.shape["T"], 13 * setting.shape["C"] // 2)
+    return {**inputs(setting, batch=1, tokens=tokens), "return_state": True}
+
+
+def operator_work(setting: Setting) -> dict[str, Work]:
+    """22 D F + 4 C (D + F) floating-point operations per token and head forward, and 3.5 times that
+    for both passes, whatever is computed again or skipped."""
+    shape = setting.shape
+    dim, hidden = shape["D"], shape["F"]
+    each = 22 * dim * hidden + 4 * shape["C"] * (dim + hidden)
+    forward = each * shape["B"] * shape["T"] * shape["H"]
+    return {FORWARD: Work(forward), TRAINING: Work(7 * forward // 2)}
+
+
+def bare(setting: Setting) -> Subject:
+    return titans.operator_subject(setting, inputs(setting), operator_work(setting))
+
+
+def bare_reference(setting: Setting) -> Subject:
+    return titans.by_definition(bare(setting))
+
+
+def our_layer(setting: Setting) -> Subject:
+    from hope import TitansConfig, TitansMemory
+
+    shape = setting.shape
+    torch.manual_seed(0)
+    config = TitansConfig(
+        heads=shape["H"],
+        head_dim=shape["D"],
+        chunk_size=shape["C"],
+        memory="deep",
+        expansion=shape["F"] // shape["D"],
+    )
+    module = TitansMemory(shape["H"] * shape["D"], config)
+    module.init_weights()
+    return titans.layer(setting, module, operator_work(setting))
+
+
+def titans_pytorch_layer(setting: Setting) -> Subject:
+    shape = setting.shape
+    torch.manual_seed(0)
+    module = peers.titans_pytorch(
+        shape["H"], shape["D"], shape["C"], expansion=shape["F"] / shape["D"]
+    )
+    return titans.layer(setting, module, operator_work(setting))
+
+
+BENCHMARK = Operator(
+    stem="titans",
+    variant="deep",
+    letters="BTHDFC",
+    shapes={"cpu": ((2, 1024, 4, 64, 256, 64),)},
+    contests={
+        "cpu": (
+            Contest("operator", (Row("reference", bare_reference), Row("ours", bare)), "reference"),
+            Contest(
+                "layer",
+                (
+                    Row("titans-pytorch", titans_pytorch_layer, peer="titans-pytorch"),
+                    Row("ours", our_layer),
+                ),
+                "titans-pytorch",
+            ),
+        ),
+    },
+    run=titans.run,
+    check_arguments=check_arguments,
+    quick=lambda shape: {**shape, "B": 1, "T": min(shape["T"], 2 * shape["C"])},
+    roofs={"cpu": ("flops",)},
+)
