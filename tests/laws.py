@@ -3,6 +3,8 @@ checks."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,10 +34,12 @@ def evaluate(
     product_dtype: torch.dtype | None = None,
     *,
     trains: bool = True,
+    dtypes: Sequence[torch.dtype] = (),
 ) -> list[tuple[str, Tensor]]:
     """All outputs, final states and gradients of one random scalar of them, named.
 
     Outputs twice, since kernels go other ways where nobody differentiates; once if not `trains`.
+    `dtypes` are those that the gradients of the outputs are rounded to, if not the outputs' own.
     """
     arguments = _pytree.tree_map(
         lambda x: x.detach().requires_grad_() if is_float(x) else x, arguments
@@ -50,8 +54,10 @@ def evaluate(
         if trains:
             outputs = call()
             draw = torch.Generator().manual_seed(7)
-            # Numbers that every dtype has, so that all implementations start from the same.
-            cotangents = [torch.randn(x.shape, generator=draw).bfloat16() for x in outputs]
+            cotangents = [
+                torch.randn(x.shape, generator=draw).to(dtype)
+                for x, dtype in zip(outputs, dtypes or [x.dtype for x in outputs], strict=True)
+            ]
             gradients = torch.autograd.grad(
                 [x for x in outputs if x.requires_grad],
                 leaves,
@@ -92,9 +98,11 @@ def torchs_errors(
 ) -> list[Bound]:
     """The float64 definition's results, and how far torch itself is from them in this dtype."""
     on_cpu = _pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, arguments)
-    exact = evaluate(case, to_float64(on_cpu), "reference", trains=trains)
     own = ("reference", None) if dtype == torch.float32 else ("rounded", dtype)
     torchs = evaluate(case, on_cpu, *own, trains=trains)
+    # The definition starts from the same gradients of the outputs, digit for digit.
+    dtypes = [x.dtype for name, x in torchs if re.fullmatch(r"output \d+", name)]
+    exact = evaluate(case, to_float64(on_cpu), "reference", trains=trains, dtypes=dtypes)
     return [
         Bound(name, truth, x.dtype, (x.double() - truth).norm().item())
         for (name, truth), (_, x) in zip(exact, torchs, strict=True)
