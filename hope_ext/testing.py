@@ -287,7 +287,7 @@ CASES: tuple[Case, ...] = (
     _titans("wide-values", key=16, value=32),
     _titans("wide-keys", key=64, value=16),
     _titans("odd-sizes", key=5, value=7, heads=3),
-    _titans("head-128", batch=1, heads=1, tokens=70, key=128, value=128, chunk_size=64),
+    _titans("head-128", tokens=70, key=128, value=128, chunk_size=64),
     _titans("chunk-of-128", tokens=150, chunk_size=128, value=32),
     _titans("keys-32-values-128", batch=1, key=32, value=128, chunk_size=32),
     _titans("keys-128-values-32", batch=1, heads=1, key=128, value=32, chunk_size=32),

@@ -3,11 +3,13 @@ checks."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from backends import device_of
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -109,8 +111,40 @@ def torchs_errors(
     ]
 
 
-def assert_as_good_as_torch(results: list[tuple[str, Tensor]], bounds: list[Bound]) -> None:
-    for (name, x), bound in zip(results, bounds, strict=True):
-        assert (x.shape, x.dtype) == (bound.truth.shape, bound.dtype), name
-        error = (x.cpu().double() - bound.truth).norm().item()
-        assert error <= bound.allowed, f"{name}: error {error:.3g}, torch's {bound.torchs:.3g}"
+DRAWS, BEYOND_DOUBT = 8, 4
+
+
+def assert_as_good_as_torch(
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    trains: bool = True,
+    bounds: list[Bound] | None = None,
+) -> None:
+    """Errors against the float64 definition are at most twice torch's own in this dtype.
+
+    A result may be a few numbers with a common error, and torch's own small by luck. So if the
+    first draw of the inputs speaks against us, the errors of several are added up, ours and
+    torch's, unless there is no doubt. `bounds` are those of the first draw, if they are known.
+    """
+    ours, torchs, allowed = {}, {}, {}
+    for seed in range(DRAWS):
+        arguments = case.make(dtype, device_of(backend), seed=seed)
+        if seed or bounds is None:
+            bounds = torchs_errors(case, arguments, dtype, trains=trains)
+        results = evaluate(case, arguments, backend, trains=trains)
+        for (name, x), bound in zip(results, bounds, strict=True):
+            assert (x.shape, x.dtype) == (bound.truth.shape, bound.dtype), name
+            error = (x.cpu().double() - bound.truth).norm().item()
+            ours[name] = math.hypot(ours.get(name, 0), error)
+            torchs[name] = math.hypot(torchs.get(name, 0), bound.torchs)
+            allowed[name] = math.hypot(allowed.get(name, 0), bound.allowed)
+        bad = [name for name in ours if not ours[name] <= allowed[name]]  # or NaN
+        if not bad and seed in (0, DRAWS - 1):
+            return
+        for name in bad:
+            if seed == DRAWS - 1 or not ours[name] <= BEYOND_DOUBT * allowed[name]:
+                raise AssertionError(
+                    f"{name}: error {ours[name]:.3g}, torch's {torchs[name]:.3g} ({seed + 1} draws)"
+                )
