@@ -140,7 +140,7 @@ DEVICES = {
     "threads": {"EMULATOR_THREADS": "2"},
     "one-multiprocessor": {"EMULATOR_MULTIPROCESSORS": "1"},
     "many-multiprocessors": {"EMULATOR_MULTIPROCESSORS": "1000"},
-    "little-shared-memory": {"EMULATOR_SHARED_BYTES": str(144 << 10)},
+    "little-shared-memory": {"EMULATOR_SHARED_BYTES": str(99 << 10)},
     "no-cache": {"EMULATOR_L2_BYTES": "1"},
     "large-cache": {"EMULATOR_L2_BYTES": str(1 << 30)},
 }

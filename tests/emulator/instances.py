@@ -32,13 +32,10 @@ from hope_ext.testing import Case
 # Settings of tests/emulator/cuda_runtime.cpp.
 IDLE = {"EMULATOR_MULTIPROCESSORS": "1000"}  # few value columns in a block
 BUSY = {"EMULATOR_MULTIPROCESSORS": "1"}  # as many as there can be
-SMALL = {  # little shared memory, hardly any cache
-    dtype: {
-        "EMULATOR_MULTIPROCESSORS": "1",
-        "EMULATOR_SHARED_BYTES": str((144 if dtype == torch.float32 else 104) << 10),
-        "EMULATOR_L2_BYTES": "1",
-    }
-    for dtype in NARROW
+SMALL = {  # the shared memory of compute capability 8.6, hardly any cache
+    "EMULATOR_MULTIPROCESSORS": "1",
+    "EMULATOR_SHARED_BYTES": str(99 << 10),
+    "EMULATOR_L2_BYTES": "1",
 }
 
 
@@ -77,7 +74,7 @@ def instances() -> Iterator[Instance]:
                 _titans(f"packed-{key}x{other}", batch=1, tokens=110, key=key, value=other,
                         chunk_size=80, read="before", **packed),
                 dtype,
-                SMALL[dtype],
+                SMALL,
             )  # fmt: skip
         size = {"key": 16, "value": 32}
         for read in ("before", "chunk"):
