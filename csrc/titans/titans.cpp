@@ -60,9 +60,9 @@ void set_states(MatrixTensor (&to)[kLayers], const std::array<Tensor, kLayers>& 
     for (int layer = 0; layer < kLayers; layer++) to[layer] = state_tensor(tensors[layer]);
 }
 
-void check_on_cuda([[maybe_unused]] const Inputs& in, [[maybe_unused]] at::ScalarType element) {
+void check_on_cuda([[maybe_unused]] const TitansParams& p,
+                   [[maybe_unused]] at::ScalarType element) {
 #ifdef HOPE_WITH_CUDA
-    const TitansParams& p = in.params;
     TORCH_CHECK_TYPE(element != at::kDouble,
                      "q: expected float32, bfloat16 or float16 on CUDA, got float64");
     auto size = [](const char* name, int64_t columns) {
@@ -74,11 +74,9 @@ void check_on_cuda([[maybe_unused]] const Inputs& in, [[maybe_unused]] at::Scala
                       " tokens on CUDA, got ", p.tokens);
     TORCH_CHECK_VALUE(p.chunk_size < int64_t{1} << 31, "chunk_size: expected less than 2**31, got ",
                       p.chunk_size);
-    TORCH_CHECK_VALUE(p.layers() == 1,
-                      "weights: expected a linear memory (W,) on CUDA, where deep "
-                      "memories have no kernel yet, got a tuple of 2");
-    TORCH_CHECK_VALUE(!in.norm_weight.defined(),
-                      "norm: expected None on CUDA, where memories with a norm have no kernel yet");
+    TORCH_CHECK_VALUE(p.hidden_dim % 16 == 0,
+                      "weights: expected a hidden size that is a multiple of 16 on CUDA, got ",
+                      p.hidden_dim);
 #endif
 }
 
@@ -153,10 +151,7 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
         const Tensor checked = check(name, tensor, {p.sequences, p.heads, p.value_dim}, state);
         return tensor ? with_contiguous_rows(checked) : checked;
     };
-    if (on_cuda(q)) {
-        if (norm_weight) in.norm_weight = *norm_weight;
-        check_on_cuda(in, element);
-    }
+    if (on_cuda(q)) check_on_cuda(p, element);
     in.q = rows("q", q, p.key_dim), in.k = rows("k", k, p.key_dim);
     in.v = rows("v", v, p.value_dim);
     in.lr = check("lr", lr, {batch, p.tokens, p.heads}, state);
@@ -191,12 +186,37 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
     return in;
 }
 
+#ifdef HOPE_WITH_CUDA
+// Memories with two layers or a norm have kernels of their own.
+bool is_network(const TitansParams& p) { return p.layers() == 2 || p.norm_weight.data; }
+
+// bytes_of: titans_network_fwd_cuda_scratch or the backward's, which says -1 where a block's tiles
+// do not fit the device's shared memory.
+Tensor network_scratch(const Inputs& in, int64_t (*bytes_of)(const TitansParams&)) {
+    const int64_t bytes = bytes_of(in.params);
+    TitansParams smaller = in.params;
+    while (bytes < 0 && smaller.hidden_dim > 16 && bytes_of(smaller) < 0)
+        smaller.hidden_dim = smaller.hidden_dim / 32 * 16;
+    TORCH_CHECK_VALUE(bytes >= 0, "weights: a hidden size of ", in.params.hidden_dim,
+                      " needs more shared memory than this device has for a head size of ",
+                      in.params.key_dim, " in ", in.q.scalar_type(), "; expected at most ",
+                      smaller.hidden_dim);
+    return at::empty({bytes}, in.q.options().dtype(at::kByte));
+}
+#endif
+
 void run_forward(const Inputs& in) {
     const TitansParams& p = in.params;
 #ifdef HOPE_WITH_CUDA
     if (on_cuda(in.q)) {
         const CudaScope scope(in.q);
-        if (p.tokens == 1 && !p.cu_seqlens && !p.checkpoint_every)
+        const bool steps = p.tokens == 1 && !p.cu_seqlens && !p.checkpoint_every;
+        if (is_network(p) && steps)
+            titans_network_step_cuda(p, scope.stream());
+        else if (is_network(p))
+            titans_network_fwd_cuda(p, network_scratch(in, titans_network_fwd_cuda_scratch).data_ptr(),
+                                    scope.stream());
+        else if (steps)
             titans_linear_step_cuda(p, scope.stream());
         else
             titans_linear_fwd_cuda(p, scope.stream());
@@ -213,6 +233,11 @@ void run_backward(const Inputs& in) {
 #ifdef HOPE_WITH_CUDA
     if (on_cuda(in.q)) {
         const CudaScope scope(in.q);
+        if (is_network(p)) {
+            titans_network_bwd_cuda(p, network_scratch(in, titans_network_bwd_cuda_scratch).data_ptr(),
+                                    scope.stream());
+            return;
+        }
         const Tensor scratch =
             at::empty({titans_linear_bwd_cuda_scratch(p)}, in.q.options().dtype(at::kByte));
         titans_linear_bwd_cuda(p, scratch.data_ptr(), scope.stream());

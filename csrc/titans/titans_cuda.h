@@ -28,4 +28,16 @@ int64_t titans_linear_bwd_cuda_scratch(const TitansParams& params);
 // d_momenta and d_anchor are wanted whenever there is momentum, and always.
 void titans_linear_bwd_cuda(const TitansParams& params, void* scratch, void* stream);
 
+// ---- memories of two layers, or with a norm ----
+// The hidden dimension is a multiple of 16.
+
+// Bytes of scratch memory; -1 if the device's shared memory is too small for these sizes. The
+// backward's grows with the chunks between two checkpoints.
+int64_t titans_network_fwd_cuda_scratch(const TitansParams& params);
+int64_t titans_network_bwd_cuda_scratch(const TitansParams& params);
+
+void titans_network_fwd_cuda(const TitansParams& params, void* scratch, void* stream);
+void titans_network_step_cuda(const TitansParams& params, void* stream);
+void titans_network_bwd_cuda(const TitansParams& params, void* scratch, void* stream);
+
 }  // namespace hope

@@ -19,20 +19,6 @@
 namespace hope {
 namespace {
 
-// Slots that no chunk of this sequence uses, so that every element of the tensor is written.
-template <int Tokens>
-DEVICE void clear_unused_checkpoints(const TitansParams& p, const Sequence<Tokens>& in) {
-    const int64_t size = checkpoint_floats(p), span = p.chunk_size * p.checkpoint_every;
-    const int64_t first = p.cu_seqlens ? in.start : in.index * p.tokens;
-    const int64_t used = in.chunks() ? (in.chunks() - 1) / p.checkpoint_every : 0;
-    const int64_t begin = first_checkpoint_slot(p, in) + used,
-                  end = (first + in.length) / span + in.index + 1;
-    for (int64_t slot = begin; slot < end; slot++) {
-        float* const kept = static_cast<float*>(p.checkpoints) + (slot * p.heads + in.head) * size;
-        for (int64_t i = threadIdx.x; i < size; i += 32) kept[i] = 0;
-    }
-}
-
 template <class E, int D>
 __global__ void __launch_bounds__(kMostThreads, 1)
     titans_linear_fwd_kernel(const TitansParams p, int columns, int stages) {

@@ -178,7 +178,9 @@ DEVICE void store_rounded_state(E* to, const Accumulator<D / 8>& from, int first
 
 // Checkpoints (titans.h says where each has its slot): weights, then momenta if there are any.
 DEVICE int64_t checkpoint_floats(const TitansParams& p) {
-    return p.key_dim * p.value_dim * (p.momentum.data ? 2 : 1);
+    const int64_t weights =
+        p.hidden_dim ? (p.key_dim + p.value_dim) * p.hidden_dim : p.key_dim * p.value_dim;
+    return weights * (p.momentum.data ? 2 : 1);
 }
 template <int Tokens>
 DEVICE int64_t first_checkpoint_slot(const TitansParams& p, const Sequence<Tokens>& in) {
@@ -191,6 +193,21 @@ DEVICE float* checkpoint(const TitansParams& p, const Sequence<Tokens>& in, int 
     if (!p.checkpoint_every || chunk == 0 || chunk % p.checkpoint_every) return nullptr;
     const int64_t slot = first_checkpoint_slot(p, in) + chunk / p.checkpoint_every - 1;
     return static_cast<float*>(p.checkpoints) + (slot * p.heads + in.head) * checkpoint_floats(p);
+}
+
+// Clears the slots that no chunk of this sequence uses, so that every element of the tensor is
+// written. For a warp.
+template <int Tokens>
+DEVICE void clear_unused_checkpoints(const TitansParams& p, const Sequence<Tokens>& in) {
+    const int64_t size = checkpoint_floats(p), span = p.chunk_size * p.checkpoint_every;
+    const int64_t first = p.cu_seqlens ? in.start : in.index * p.tokens;
+    const int64_t used = in.chunks() ? (in.chunks() - 1) / p.checkpoint_every : 0;
+    const int64_t begin = first_checkpoint_slot(p, in) + used,
+                  end = (first + in.length) / span + in.index + 1;
+    for (int64_t slot = begin; slot < end; slot++) {
+        float* const kept = static_cast<float*>(p.checkpoints) + (slot * p.heads + in.head) * size;
+        for (int64_t i = threadIdx.x; i < size; i += 32) kept[i] = 0;
+    }
 }
 
 }  // namespace hope

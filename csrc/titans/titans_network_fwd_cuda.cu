@@ -1,0 +1,161 @@
+// A Titans memory of two layers, or with a norm, forward: a block walks through one (sequence,
+// head), segment by segment, with the phases of titans_network_segment.cuh.
+//
+//     hidden keys | scores, outputs | errors | first layer | scores, reads | reads, last layer |
+//     outputs; every | is a barrier.
+//
+// Shared memory has the segment's tiles and as many of the state's float matrices as fit: W1, W2,
+// then the momenta. The others stay in scratch memory, which is not read by any other block and is
+// small enough for the device's cache. On the critical path are the products of one segment after
+// another; the next one's rows are on their way while the last layer is updated.
+#include "titans/titans_cuda.h"
+#include "titans/titans_network_launch.cuh"
+
+namespace hope {
+namespace {
+
+template <class E, int D, int Tokens, int Layers>
+NetworkDemand forward_demand(const TitansParams& p) {
+    using Layout = NetworkLayout<E, D, Tokens, Layers>;
+    NetworkDemand demand{};
+    SharedCarver all(nullptr), rest(nullptr);
+    Layout(all, p, false, nullptr), Layout(rest, p, false, reinterpret_cast<E*>(sizeof(E)));
+    demand.tiles = all.used(), demand.spilled_tiles = rest.used();
+    if (sizeof(E) == 4) demand.hidden_floats = 2 * Layout::hidden_elements(p);
+    demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
+    return demand;
+}
+
+template <class E, int D, int Tokens, int Layers>
+__global__ void __launch_bounds__(kNetworkThreads, 1)
+    titans_network_fwd_kernel(const TitansParams p, const NetworkMemory memory) {
+    using Layout = NetworkLayout<E, D, Tokens, Layers>;
+    using Walk = NetworkSegment<E, D, Tokens, Layers>;
+    SharedCarver carver(dynamic_shared());
+    float* scratch = memory.of_block();
+    const Layout shared(carver, p, false, memory.spills ? reinterpret_cast<E*>(scratch) : nullptr);
+    if (memory.spills) scratch += 2 * Layout::hidden_elements(p);
+    StateCarver states(carver, scratch, memory.resident);
+    const Sequence<Tokens> in(p, static_cast<int>(blockIdx.x / p.heads),
+                              static_cast<int>(blockIdx.x % p.heads));
+    const Walk walk(shared, p, in);
+
+    // The anchor is the state before a chunk; it stays while segments after the first are added.
+    NetworkState state{};
+    LayerMatrices spare{};
+    state.weights = states.take(p);
+    if (p.has_momentum) state.momenta = states.take(p);
+    if (keeps_anchor<Tokens>(p)) spare = states.take(p);
+    load_matrices(p, state.weights, p.weights, in.index, in.head);
+    if (p.has_momentum) load_matrices(p, state.momenta, p.momenta, in.index, in.head);
+    LayerMatrices anchor = state.weights;
+    if (in.offset && p.anchor[0].data) {
+        load_matrices(p, spare, p.anchor, in.index, in.head);
+        anchor = spare;
+    }
+
+    bool left_anchor = false;
+
+    const int count = in.segments_before(in.chunks());
+    if (count) {
+        const Segment first = in.segment(0);
+        walk.start_keys(first), walk.start_queries(first), walk.start_values(first);
+    }
+    for (int i = 0; i < count; i++) {
+        const Segment at = in.segment(i), next = i + 1 < count ? in.segment(i + 1) : Segment{};
+        const float lr = walk.begin(at);
+        if (at.new_chunk) {
+            anchor = state.weights;
+            if (at.chunk == in.chunks() - 1 && in.ends_inside_chunk()) {
+                store_matrices(p, p.final_anchor, anchor, in.index, in.head);
+                left_anchor = true;
+            }
+            if (float* to = checkpoint(p, in, at.chunk)) {
+                for_layers(p, [&](int l) { to = copy_to_checkpoint(to, state.weights.layer[l]); });
+                if (p.momentum.data)
+                    for_layers(p,
+                               [&](int l) { to = copy_to_checkpoint(to, state.momenta.layer[l]); });
+            }
+        }
+        const bool splits = at.new_chunk && in.parts > 1;
+        NetworkState after = state;
+        if (splits) after.weights = spare;
+
+        walk.compute_coefficients(at, lr);
+        walk.hidden_keys(anchor);
+        __syncthreads();
+        walk.score_first();
+        if (walk.needs_outputs()) walk.outputs(anchor);
+        __syncthreads();
+        walk.errors();
+        __syncthreads();
+        if (Layers == 2) {
+            walk.template first_layer<true, false, true>(state, anchor, after);
+            __syncthreads();
+        }
+        walk.score_last(shared.scores);
+        typename Walk::Sums o = {};
+        walk.start_reads(o, state, anchor);
+        __syncthreads();
+        if (Layers == 2 && next.rows) walk.start_keys(next), walk.start_queries(next);
+        walk.finish_reads(o, shared.scores);
+        walk.update_last(state, after);
+        __syncthreads();
+        if (Layers == 1 && next.rows) walk.start_keys(next), walk.start_queries(next);
+        if (next.rows) walk.start_values(next);
+        walk.leave_outputs(at);
+        if (splits) spare = state.weights;  // where the anchor is
+        state = after;
+    }
+    __syncthreads();
+    store_matrices(p, p.final_weights, state.weights, in.index, in.head);
+    if (p.has_momentum) store_matrices(p, p.final_momenta, state.momenta, in.index, in.head);
+    if (!left_anchor)
+        store_matrices(p, p.final_anchor, in.ends_inside_chunk() ? anchor : state.weights, in.index,
+                       in.head);
+    if (p.checkpoint_every && threadIdx.x < 32) clear_unused_checkpoints(p, in);
+}
+
+constexpr auto kFits = [](const TitansParams& p) {
+    return [&p](auto element, auto width, auto tokens, auto layers) {
+        return network_plan(
+                   p, forward_demand<typename decltype(element)::type, decltype(width)::value,
+                                     decltype(tokens)::value, decltype(layers)::value>(p))
+            .fits;
+    };
+};
+
+template <class Body>
+bool for_plan(const TitansParams& p, const Body& body) {
+    return for_network(p, kFits(p), [&](auto element, auto width, auto tokens, auto layers) {
+        using E = typename decltype(element)::type;
+        constexpr int kWidth = decltype(width)::value, kTokensOf = decltype(tokens)::value,
+                      kLayersOf = decltype(layers)::value;
+        body(network_plan(p, forward_demand<E, kWidth, kTokensOf, kLayersOf>(p)),
+             titans_network_fwd_kernel<E, kWidth, kTokensOf, kLayersOf>);
+    });
+}
+
+}  // namespace
+
+int64_t titans_network_fwd_cuda_scratch(const TitansParams& params) {
+    int64_t bytes = -1;
+    for_plan(params, [&](const NetworkPlan& plan, auto) {
+        bytes = params.sequences * params.heads * plan.memory.floats *
+                static_cast<int64_t>(sizeof(float));
+    });
+    return bytes;
+}
+
+void titans_network_fwd_cuda(const TitansParams& params, void* scratch, void* stream) {
+    if (params.sequences * params.heads == 0) return;
+    for_plan(params, [&](const NetworkPlan& plan, auto kernel) {
+        NetworkMemory memory = plan.memory;
+        memory.scratch = static_cast<float*>(scratch);
+        launch(kernel, dim3(static_cast<unsigned>(params.sequences * params.heads)),
+               dim3(kNetworkThreads), plan.shared_bytes, static_cast<cudaStream_t>(stream), params,
+               memory);
+    });
+}
+
+}  // namespace hope

@@ -1,0 +1,99 @@
+// How the kernels of memories with two layers, or with a norm, are launched: the choice of an
+// instance, and of what lies in shared memory.
+#pragma once
+#include "titans/titans_launch.cuh"
+#include "titans/titans_network_segment.cuh"
+
+namespace hope {
+
+// Where a block keeps what does not fit its shared memory: `floats` of scratch memory for each
+// block, first the hidden tiles if `spills`, then the state matrices after the first `resident`.
+struct NetworkMemory {
+    float* scratch;
+    int64_t floats;
+    int resident;
+    bool spills;
+
+    DEVICE float* of_block() const { return scratch + blockIdx.x * floats; }
+};
+
+// A kernel's demand of shared memory in bytes and of state matrices, in the order in which they are
+// wanted there: groups of all layers' matrices.
+struct NetworkDemand {
+    size_t tiles, spilled_tiles;  // without the hidden tiles
+    int64_t hidden_floats;        // of all hidden tiles, if they may lie elsewhere; else 0
+    int groups;
+};
+
+struct NetworkPlan {
+    bool fits;
+    NetworkMemory memory;
+    size_t shared_bytes;
+};
+
+inline NetworkPlan network_plan(const TitansParams& p, const NetworkDemand& demand) {
+    const size_t room = shared_bytes_of_a_block();
+    NetworkPlan plan{};
+    plan.memory.spills = demand.tiles > room && demand.hidden_floats > 0;
+    plan.shared_bytes = plan.memory.spills ? demand.spilled_tiles : demand.tiles;
+    plan.fits = plan.shared_bytes <= room;
+    if (plan.memory.spills) plan.memory.floats = demand.hidden_floats;
+    const int layers = network_layers(p);
+    bool fitting = true;
+    for (int i = 0; i < demand.groups * layers; i++) {
+        const int64_t floats = floats_of_layer(p, i % layers);
+        SharedCarver piece(nullptr);  // with what a carver adds
+        piece.take<float>(floats);
+        fitting = fitting && plan.shared_bytes + piece.used() <= room;
+        if (fitting)
+            plan.shared_bytes += piece.used(), plan.memory.resident++;
+        else
+            plan.memory.floats += floats;
+    }
+    return plan;
+}
+
+// Whether the anchor may be another matrix than the state before a segment.
+template <int Tokens>
+__host__ __device__ bool keeps_anchor(const TitansParams& p) {
+    return p.position || Sequence<Tokens>::segments_of_chunk(p) > 1;
+}
+
+// body(Type<E>, Constant<D>, Constant<Tokens>, Constant<Layers>) for the instance that the params
+// want: tiles with room for D columns, segments of as many tokens as fit. `fits(...)` takes the
+// same. Returns false if none fits.
+template <class Fits, class Body>
+bool for_network(const TitansParams& p, const Fits& fits, const Body& body) {
+    const int64_t widest = p.key_dim > p.value_dim ? p.key_dim : p.value_dim;
+    const auto attempt = [&](auto element, auto width, auto tokens, auto layers) {
+        if (!fits(element, width, tokens, layers)) return false;
+        body(element, width, tokens, layers);
+        return true;
+    };
+    const auto for_tokens = [&](auto element, auto width, auto layers) {
+        if constexpr (sizeof(typename decltype(element)::type) == 2)
+            if (attempt(element, width, Constant<32>(), layers)) return true;
+        return attempt(element, width, Constant<16>(), layers);
+    };
+    const auto for_layers = [&](auto element, auto width) {
+        return p.hidden_dim ? for_tokens(element, width, Constant<2>())
+                            : for_tokens(element, width, Constant<1>());
+    };
+    const auto for_width = [&](auto element) {
+        return widest <= 64 ? for_layers(element, Constant<64>())
+                            : for_layers(element, Constant<128>());
+    };
+    switch (p.element) {
+        case Element::float32:
+            return for_width(Type<float>());
+        case Element::bfloat16:
+            return for_width(Type<bf16>());
+        case Element::float16:
+            return for_width(Type<fp16>());
+        case Element::float64:
+            break;
+    }
+    throw std::invalid_argument("titans_network: no CUDA kernel for float64");
+}
+
+}  // namespace hope
