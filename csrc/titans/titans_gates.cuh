@@ -7,22 +7,13 @@ namespace hope {
 
 constexpr int kMostSliceColumns = 32;
 
-template <class E, int D>
-struct TokensLayout {
-    static constexpr int kRows = kTokens<E, D>;
-    // A warp has at most 32 columns, and fewer if that makes four warps.
-    static constexpr int kForFour = 64 / kRows < D / 16 ? 64 / kRows : D / 16;
-    static constexpr int kSplits = D / 32 > kForFour ? D / 32 : kForFour, kColumns = D / kSplits;
-    static constexpr int kWarps = kRows / 16 * kSplits, kThreads = kWarps * 32;
-    static constexpr int kStride = D + kRowPadding, kValueStride = kMostSliceColumns + kRowPadding,
-                         kScoreStride = kRows + kRowPadding;
+// Rows: a segment's most tokens. Splits: what dot products of rows come in. Warps: of the block.
+template <int Rows, int Splits, int Warps>
+struct GateTiles {
+    static constexpr int kRows = Rows, kSplits = Splits, kWarps = Warps,
+                         kScoreStride = Rows + kRowPadding;
     enum Sum { kB, kC, kInWeights, kInMomenta, kSums };
 
-    E *q, *k;                        // [kRows][kStride]; dQ and dK in the end
-    E *v, *d_o, *d_v, *e;            // [kRows][kValueStride]: a slice
-    E* states[kStateKinds];          // [columns][kStride]: a slice
-    E* anchor;                       // the same
-    E* d_scores;                     // dX [kRows][kScoreStride]
     float* a;                        // A [1 + kRows][kScoreStride], row t + 1 for token t; then dN
     float* d_a;                      // [kRows][kScoreStride]
     float *b, *c, *m;                // [1 + kRows]
@@ -32,10 +23,46 @@ struct TokensLayout {
                                      // contribute to the gradients of keep and momentum
     float* sums;                     // [kSums][kSplits][kRows]: dot products of rows with q and k
     float* products;                 // [kWarps][kProducts]
+
+    __host__ __device__ explicit GateTiles(SharedCarver& carver) {
+        a = carver.take<float>((kRows + 1) * kScoreStride);
+        d_a = carver.take<float>(kRows * kScoreStride);
+        for (float** row : {&b, &c, &m}) *row = carver.take<float>(kRows + 1);
+        gates = carver.take<float2>(kRows);
+        for (float** row : {&lr, &in_weights, &in_momenta}) *row = carver.take<float>(kRows);
+        sums = carver.take<float>(kSums * kSplits * kRows);
+        products = carver.take<float>(kProducts * kWarps);
+    }
+};
+
+// How the columns of D are dealt out: a warp has at most 32, and fewer if that makes four warps.
+template <class E, int D>
+struct TokensShape {
+    static constexpr int kRows = kTokens<E, D>;
+    static constexpr int kForFour = 64 / kRows < D / 16 ? 64 / kRows : D / 16;
+    static constexpr int kSplits = D / 32 > kForFour ? D / 32 : kForFour, kColumns = D / kSplits;
+    static constexpr int kWarps = kRows / 16 * kSplits;
+    using Gates = GateTiles<kRows, kSplits, kWarps>;
+};
+
+template <class E, int D>
+struct TokensLayout : TokensShape<E, D>::Gates {
+    using Gates = typename TokensShape<E, D>::Gates;
+    static constexpr int kRows = Gates::kRows, kColumns = TokensShape<E, D>::kColumns,
+                         kThreads = Gates::kWarps * 32;
+    static constexpr int kStride = D + kRowPadding, kValueStride = kMostSliceColumns + kRowPadding,
+                         kScoreStride = Gates::kScoreStride;
+
+    E *q, *k;                // [kRows][kStride]; dQ and dK in the end
+    E *v, *d_o, *d_v, *e;    // [kRows][kValueStride]: a slice
+    E* states[kStateKinds];  // [columns][kStride]: a slice
+    E* anchor;               // the same
+    E* d_scores;             // dX [kRows][kScoreStride]
     size_t bytes;
 
     __host__ __device__ TokensLayout(SharedCarver carver, int columns)
-        : q(carver.take<E>(kRows * kStride)),
+        : Gates(carver),
+          q(carver.take<E>(kRows * kStride)),
           k(carver.take<E>(kRows * kStride)),
           v(carver.take<E>(kRows * kValueStride)),
           d_o(carver.take<E>(kRows * kValueStride)),
@@ -44,20 +71,13 @@ struct TokensLayout {
         for (E*& state : states) state = carver.take<E>(columns * kStride);
         anchor = carver.take<E>(columns * kStride);
         d_scores = carver.take<E>(kRows * kScoreStride);
-        a = carver.take<float>((kRows + 1) * kScoreStride);
-        d_a = carver.take<float>(kRows * kScoreStride);
-        for (float** row : {&b, &c, &m}) *row = carver.take<float>(kRows + 1);
-        gates = carver.take<float2>(kRows);
-        for (float** row : {&lr, &in_weights, &in_momenta}) *row = carver.take<float>(kRows);
-        sums = carver.take<float>(kSums * kSplits * kRows);
-        products = carver.take<float>(kProducts * kWarps);
         bytes = carver.used();
     }
 };
 
-template <class E, int D>
+// Layout: GateTiles of some sizes.
+template <class Layout>
 class GateGradients {
-    using Layout = TokensLayout<E, D>;
     static constexpr int kRows = Layout::kRows, kScoreStride = Layout::kScoreStride;
 
  public:

@@ -80,6 +80,21 @@ struct NetworkTiles {
              slice += kNetworkWarps * 16)
             body(slice);
     }
+    // body(row, column, width) for this warp's share of a state's matrix, cut into pieces of 16 rows
+    // and `width` columns, a constant.
+    template <int Widest, class Body>
+    DEVICE static void for_pieces(int rows, int columns, const Body& body) {
+        if (columns % Widest == 0)
+            for_pieces_of(rows, columns, body, std::integral_constant<int, Widest>());
+        else
+            for_pieces_of(rows, columns, body, std::integral_constant<int, 16>());
+    }
+    template <class Body, class Width>
+    DEVICE static void for_pieces_of(int rows, int columns, const Body& body, Width width) {
+        const int in_row = columns / width, pieces = rows / 16 * in_row;
+        for (int i = static_cast<int>(threadIdx.x) / 32; i < pieces; i += kNetworkWarps)
+            body(i / in_row * 16, i % in_row * width, width);
+    }
     // body(row, column) for this warp's share of the 16x16 blocks on and below a diagonal.
     template <class Body>
     DEVICE static void for_lower_blocks(const Body& body) {
@@ -87,8 +102,7 @@ struct NetworkTiles {
              block += kNetworkWarps)
             body(block_row(block) * 16, block_column(block) * 16);
     }
-    // body(token, i, pair): all tokens, a group of neighbouring threads for each, and thread i of
-    // the group. Whole warps come here.
+    // Every token has a group of neighbouring threads. Whole warps come here.
     static constexpr int kGroup = kNetworkThreads / Tokens;
     DEVICE static int token_of_group() { return static_cast<int>(threadIdx.x) / kGroup; }
     DEVICE static int rank_in_group() { return static_cast<int>(threadIdx.x) % kGroup; }
@@ -145,6 +159,13 @@ DEVICE StateMatrix state_matrix(const TitansParams& p, int layer, float* data) {
     return {data, rows_of_layer(p, layer), columns, columns + kStateStride};
 }
 
+template <class Body>
+DEVICE void for_layers(const TitansParams& p, const Body& body) {
+#pragma unroll
+    for (int layer = 0; layer < kMostLayers; layer++)
+        if (layer < network_layers(p)) body(layer);
+}
+
 // Hands out the state's matrices: the first `resident` of them lie in shared memory, the others in
 // scratch memory.
 class StateCarver {
@@ -154,10 +175,13 @@ class StateCarver {
 
     DEVICE LayerMatrices take(const TitansParams& p) {
         LayerMatrices matrices{};
-        for (int layer = 0; layer < network_layers(p); layer++)
+        for_layers(p, [&](int layer) {
             matrices.layer[layer] = state_matrix(p, layer, take(floats_of_layer(p, layer)));
+        });
         return matrices;
     }
+    // Scratch memory that is left.
+    DEVICE float* rest() const { return scratch_; }
 
  private:
     DEVICE float* take(int64_t floats) {
@@ -175,6 +199,24 @@ class StateCarver {
     int resident_;
 };
 
+// A state in scratch memory.
+__host__ __device__ inline int64_t floats_of_state(const TitansParams& p) {
+    return floats_of_network(p) * (p.has_momentum ? 2 : 1);
+}
+DEVICE NetworkState network_state(const TitansParams& p, float* data) {
+    NetworkState state{};
+    for_layers(p, [&](int layer) {
+        state.weights.layer[layer] = state_matrix(p, layer, data);
+        data += floats_of_layer(p, layer);
+    });
+    if (p.has_momentum)
+        for_layers(p, [&](int layer) {
+            state.momenta.layer[layer] = state_matrix(p, layer, data);
+            data += floats_of_layer(p, layer);
+        });
+    return state;
+}
+
 // From a [in, out] matrix of the call, or zero if there is none; and to one.
 DEVICE void load_matrix(const StateMatrix& to, const float* from) {
     for (int i = static_cast<int>(threadIdx.x); i < to.rows * to.columns; i += kNetworkThreads)
@@ -184,13 +226,12 @@ DEVICE void store_matrix(float* to, const StateMatrix& from) {
     for (int i = static_cast<int>(threadIdx.x); i < from.rows * from.columns; i += kNetworkThreads)
         to[i] = *from.at(i % from.rows, i / from.rows);
 }
+DEVICE void clear_matrix(float* to, int size) {
+    for (int i = static_cast<int>(threadIdx.x); i < size; i += kNetworkThreads) to[i] = 0;
+}
 DEVICE void add_matrix(const StateMatrix& to, const float* from) {
     for (int i = static_cast<int>(threadIdx.x); i < to.rows * to.columns; i += kNetworkThreads)
         *to.at(i % to.rows, i / to.rows) += from[i];
-}
-template <class Body>
-DEVICE void for_layers(const TitansParams& p, const Body& body) {
-    for (int layer = 0; layer < network_layers(p); layer++) body(layer);
 }
 DEVICE void load_matrices(const TitansParams& p, const LayerMatrices& to,
                           const MatrixTensor (&from)[kMostLayers], int sequence, int head) {
@@ -200,6 +241,12 @@ DEVICE void store_matrices(const TitansParams& p, const MatrixTensor (&to)[kMost
                            const LayerMatrices& from, int sequence, int head) {
     for_layers(p, [&](int i) {
         if (to[i].data) store_matrix(matrix(to[i], sequence, head), from.layer[i]);
+    });
+}
+DEVICE void add_matrices(const TitansParams& p, const LayerMatrices& to,
+                         const MatrixTensor (&from)[kMostLayers], int sequence, int head) {
+    for_layers(p, [&](int i) {
+        if (from[i].data) add_matrix(to.layer[i], matrix(from[i], sequence, head));
     });
 }
 // A checkpoint has the matrices as they lie, without padding.
@@ -214,6 +261,18 @@ DEVICE const float* copy_from_checkpoint(const StateMatrix& to, const float* fro
     for (int i = static_cast<int>(threadIdx.x); i < size; i += kNetworkThreads)
         *to.at(i / to.columns, i % to.columns) = from[i];
     return from + size;
+}
+
+DEVICE float* copy_to_checkpoint(const TitansParams& p, float* to, const NetworkState& from) {
+    for_layers(p, [&](int i) { to = copy_to_checkpoint(to, from.weights.layer[i]); });
+    if (p.has_momentum)
+        for_layers(p, [&](int i) { to = copy_to_checkpoint(to, from.momenta.layer[i]); });
+    return to;
+}
+DEVICE void copy_from_checkpoint(const TitansParams& p, const NetworkState& to, const float* from) {
+    for_layers(p, [&](int i) { from = copy_from_checkpoint(to.weights.layer[i], from); });
+    if (p.has_momentum)
+        for_layers(p, [&](int i) { from = copy_from_checkpoint(to.momenta.layer[i], from); });
 }
 
 // ---- products ----------------------------------------------------------------------------------

@@ -70,12 +70,7 @@ __global__ void __launch_bounds__(kNetworkThreads, 1)
                 store_matrices(p, p.final_anchor, anchor, in.index, in.head);
                 left_anchor = true;
             }
-            if (float* to = checkpoint(p, in, at.chunk)) {
-                for_layers(p, [&](int l) { to = copy_to_checkpoint(to, state.weights.layer[l]); });
-                if (p.momentum.data)
-                    for_layers(p,
-                               [&](int l) { to = copy_to_checkpoint(to, state.momenta.layer[l]); });
-            }
+            if (float* to = checkpoint(p, in, at.chunk)) copy_to_checkpoint(p, to, state);
         }
         const bool splits = at.new_chunk && in.parts > 1;
         NetworkState after = state;
@@ -98,7 +93,7 @@ __global__ void __launch_bounds__(kNetworkThreads, 1)
         walk.start_reads(o, state, anchor);
         __syncthreads();
         if (Layers == 2 && next.rows) walk.start_keys(next), walk.start_queries(next);
-        walk.finish_reads(o, shared.scores);
+        walk.finish_reads(o, shared.scores, shared.sums);
         walk.update_last(state, after);
         __syncthreads();
         if (Layers == 1 && next.rows) walk.start_keys(next), walk.start_queries(next);

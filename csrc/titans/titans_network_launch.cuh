@@ -23,6 +23,7 @@ struct NetworkDemand {
     size_t tiles, spilled_tiles;  // without the hidden tiles
     int64_t hidden_floats;        // of all hidden tiles, if they may lie elsewhere; else 0
     int groups;
+    int64_t more_floats;          // of scratch memory, after all that
 };
 
 struct NetworkPlan {
@@ -50,6 +51,7 @@ inline NetworkPlan network_plan(const TitansParams& p, const NetworkDemand& dema
         else
             plan.memory.floats += floats;
     }
+    plan.memory.floats += demand.more_floats;
     return plan;
 }
 

@@ -34,16 +34,17 @@ struct NetworkLayout {
         return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
     }
     // keeps: with all hidden tiles, for the backward; else HQ takes the place of Z. They lie at
-    // `hidden` if that is not null: floats are read without ldmatrix, from anywhere.
+    // `hidden` if that is not null: floats are read without ldmatrix, from anywhere. A lies at `given_a`
+    // if that is not null.
     __host__ __device__ NetworkLayout(SharedCarver& carver, const TitansParams& p, bool keeps,
-                                      E* hidden)
+                                      E* hidden, float* given_a = nullptr)
         : k{carver.take<E>(Tokens * (D + kRowPadding))},
           q{carver.take<E>(Tokens * (D + kRowPadding))},
           e{carver.take<E>(Tokens * (D + kRowPadding))},
           z{}, h{}, hq{}, g{}, zq{},
           scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
           sums(carver.take<float>(Tokens * Tiles::kSumStride)),
-          a(carver.take<float>(Tokens * Tiles::kScoreStride)),
+          a(given_a ? given_a : carver.take<float>(Tokens * Tiles::kScoreStride)),
           vectors(carver.take<Vectors<Tokens>>(1)),
           gates(carver.take<float2>(Tokens)) {
         if (Layers == 1) return;
@@ -71,6 +72,8 @@ class NetworkSegment {
     using Layout = NetworkLayout<E, D, Tokens, Layers>;
     using Tiles = typename Layout::Tiles;
     static constexpr int kLast = Layers - 1;
+    // Columns of a state that a warp updates at a time: float operands need more registers.
+    static constexpr int kWide = sizeof(E) == 4 ? 32 : 64;
 
     DEVICE NetworkSegment(const Layout& shared, const TitansParams& p, const Sequence<Tokens>& in)
         : shared_(shared),
@@ -142,7 +145,7 @@ class NetworkSegment {
         Tiles::for_part(values_, [&](int slice, int token) {
             Accumulator<Tiles::kPartTiles> y = {};
             multiply_state<false>(y, anchor.layer[kLast], slice, hidden_of_keys(), token);
-            store_sums(y, slice, token);
+            store_sums(shared_.sums, y, slice, token);
         });
     }
     // E in place of V.
@@ -228,7 +231,8 @@ class NetworkSegment {
             read_slice(o, from, anchor, kLast, slice, hidden_of_queries(), token);
         });
     }
-    DEVICE void finish_reads(Sums& o, const typename Tiles::Square& scores) const {
+    // O, to a tile like that of the sums.
+    DEVICE void finish_reads(Sums& o, const typename Tiles::Square& scores, float* to) const {
         Tiles::for_part(values_, [&](int slice, int token) {
             if (!reads_anchor_) {
                 Sums of_errors = {};
@@ -242,18 +246,20 @@ class NetworkSegment {
                 }
                 subtract(o, of_errors);
             }
-            store_sums(o, slice, token);
+            store_sums(to, o, slice, token);
         });
     }
     DEVICE void update_last(const NetworkState& from, const NetworkState& to) const {
-        Tiles::for_slices(values_, [&](int slice) {
-            update_rows(from, to, kLast, slice, hidden_of_keys(),
-                        [&](Block<E>& scaled, int n, const float* factor) {
-                            Block<E> block;
-                            shared_.e.load_features(block, slice, n * 16);
-                            scale_columns<E>(scaled, block, factor + n * 16);
-                        });
-        });
+        Tiles::template for_pieces<kWide>(
+            values_, hidden_, [&](int row, int column, auto width) {
+                update_piece<decltype(width)::value>(
+                    from, to, kLast, row, column, hidden_of_keys(),
+                    [&](Block<E>& scaled, int n, const float* factor) {
+                        Block<E> block;
+                        shared_.e.load_features(block, row, n * 16);
+                        scale_columns<E>(scaled, block, factor + n * 16);
+                    });
+            });
     }
     DEVICE void leave_outputs(const Segment& at) const {
         const int t = Tiles::token_of_group();
@@ -288,9 +294,10 @@ class NetworkSegment {
 
     DEVICE float& sum(int t, int v) const { return shared_.sums[t * Tiles::kSumStride + v]; }
     template <int Count>
-    DEVICE void store_sums(Accumulator<Count>& from, int slice, int token) const {
-        for_pairs(from, slice, token,
-                  [&](int v, int t, float x, float y) { sum(t, v) = x, sum(t + 1, v) = y; });
+    DEVICE static void store_sums(float* to, Accumulator<Count>& from, int slice, int token) {
+        for_pairs(from, slice, token, [&](int v, int t, float x, float y) {
+            to[t * Tiles::kSumStride + v] = x, to[(t + 1) * Tiles::kSumStride + v] = y;
+        });
     }
     template <int Count>
     DEVICE static void subtract(Accumulator<Count>& from, const Accumulator<Count>& x) {
@@ -388,16 +395,15 @@ class NetworkSegment {
     DEVICE void update_rows(const NetworkState& from, const NetworkState& to, int layer, int row,
                             const Keys& keys, const ScaledErrors& scaled_errors) const {
         const int columns = from.weights.layer[layer].columns;
-        constexpr int kWide = 64;
         if (columns % kWide == 0)
             for (int column = 0; column < columns; column += kWide)
-                update_block<kWide>(from, to, layer, row, column, keys, scaled_errors);
+                update_piece<kWide>(from, to, layer, row, column, keys, scaled_errors);
         else
             for (int column = 0; column < columns; column += 16)
-                update_block<16>(from, to, layer, row, column, keys, scaled_errors);
+                update_piece<16>(from, to, layer, row, column, keys, scaled_errors);
     }
     template <int Columns, class Keys, class ScaledErrors>
-    DEVICE void update_block(const NetworkState& from, const NetworkState& to, int layer, int row,
+    DEVICE void update_piece(const NetworkState& from, const NetworkState& to, int layer, int row,
                              int column, const Keys& keys,
                              const ScaledErrors& scaled_errors) const {
         const Vectors<Tokens>& vectors = *shared_.vectors;

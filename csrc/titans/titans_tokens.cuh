@@ -356,7 +356,7 @@ class SegmentGradients {
     const bool needs_products_, has_momentum_, l2_, reads_anchor_;
     const int thread_, warp_, lane_, split_;
     const int row_, column_;  // first of the warp's
-    const GateGradients<E, D> gates_;
+    const GateGradients<typename Layout::Gates> gates_;
     Accumulator<kTiles> read_weights_ = {}, read_momenta_ = {};    // dO W^T, dO S^T
     Accumulator<kTiles> learn_weights_ = {}, learn_momenta_ = {};  // E dW'^T, E dS'^T
     Accumulator<kTiles> through_error_ = {};                       // dV W_anchor^T
