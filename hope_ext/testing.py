@@ -227,7 +227,7 @@ CUDA_HEAD_SIZES = {16, 32, 64, 128}  # key and value sizes, csrc/titans/titans_c
 def _titans(name: str, *, tiny: bool = False, **options: Any) -> Case:
     make = functools.partial(titans_inputs, **options)
     sizes = {options.get(name, 16) for name in ("key", "value")}
-    cuda = sizes <= CUDA_HEAD_SIZES and not {"hidden", "norm"} & set(options)
+    cuda = sizes <= CUDA_HEAD_SIZES and options.get("hidden", 16) % 16 == 0
     return Case("titans", name, hope_ext.titans_memory, make, tiny, cuda=cuda)
 
 

@@ -214,8 +214,8 @@ void run_forward(const Inputs& in) {
         if (is_network(p) && steps)
             titans_network_step_cuda(p, scope.stream());
         else if (is_network(p))
-            titans_network_fwd_cuda(p, network_scratch(in, titans_network_fwd_cuda_scratch).data_ptr(),
-                                    scope.stream());
+            titans_network_fwd_cuda(
+                p, network_scratch(in, titans_network_fwd_cuda_scratch).data_ptr(), scope.stream());
         else if (steps)
             titans_linear_step_cuda(p, scope.stream());
         else
@@ -234,8 +234,8 @@ void run_backward(const Inputs& in) {
     if (on_cuda(in.q)) {
         const CudaScope scope(in.q);
         if (is_network(p)) {
-            titans_network_bwd_cuda(p, network_scratch(in, titans_network_bwd_cuda_scratch).data_ptr(),
-                                    scope.stream());
+            titans_network_bwd_cuda(
+                p, network_scratch(in, titans_network_bwd_cuda_scratch).data_ptr(), scope.stream());
             return;
         }
         const Tensor scratch =

@@ -1,10 +1,10 @@
-// A memory of two layers, or with a norm, on CUDA: a block's tiles and states, and the products that
-// its kernels are made of.
+// A memory of two layers, or with a norm, on CUDA: a block's tiles and states, and the products
+// that its kernels are made of.
 //
-// Both layers are the same linear memory (docs/derivations.md): of keys K and errors G the first, of
-// keys H and errors E the second. A memory of one layer (with a norm) has the second only, and then
-// H is K and HQ is Q. States lie as float matrices [out][in], in shared memory as far as there is
-// room, else in scratch memory that stays in the device's cache; they are rounded when a product
+// Both layers are the same linear memory (docs/derivations.md): of keys K and errors G the first,
+// of keys H and errors E the second. A memory of one layer (with a norm) has the second only, and
+// then H is K and HQ is Q. States lie as float matrices [out][in], in shared memory as far as there
+// is room, else in scratch memory that stays in the device's cache; they are rounded when a product
 // takes them. What a product gives is transposed, [rows of the state][tokens], so states are always
 // left operands, read once for all tokens. Rows are dealt out to the warps in *slices* of 16.
 //
@@ -52,17 +52,16 @@ struct Features {
 
 template <class E, int D, int Tokens>
 struct NetworkTiles {
-    using ByToken = Features<E, true, D + kRowPadding>;           // [Tokens][D]
-    using ByFeature = Features<E, false, Tokens + kRowPadding>;   // [F][Tokens]
-    using Square = Features<E, true, Tokens + kRowPadding>;       // [Tokens][Tokens]
+    using ByToken = Features<E, true, D + kRowPadding>;          // [Tokens][D]
+    using ByFeature = Features<E, false, Tokens + kRowPadding>;  // [F][Tokens]
+    using Square = Features<E, true, Tokens + kRowPadding>;      // [Tokens][Tokens]
     static constexpr int kScoreStride = Tokens + kRowPadding;
     static constexpr int kSumStride = D + 4;  // two tokens' sums are 8 banks apart
     static constexpr int kTokenTiles = Tokens / 8;
     // Of a product with as many rows as a token has features, a warp has one slice and so many
     // tokens.
-    static constexpr int kPart = D * Tokens / (kNetworkWarps * 16) > 16
-                                     ? D * Tokens / (kNetworkWarps * 16)
-                                     : 16;
+    static constexpr int kPart =
+        D * Tokens / (kNetworkWarps * 16) > 16 ? D * Tokens / (kNetworkWarps * 16) : 16;
     static constexpr int kPartTiles = kPart / 8;
     static_assert(Tokens <= 64 && Tokens % kPart == 0);
 
@@ -80,8 +79,8 @@ struct NetworkTiles {
              slice += kNetworkWarps * 16)
             body(slice);
     }
-    // body(row, column, width) for this warp's share of a state's matrix, cut into pieces of 16 rows
-    // and `width` columns, a constant.
+    // body(row, column, width) for this warp's share of a state's matrix, cut into pieces of 16
+    // rows and `width` columns, a constant.
     template <int Widest, class Body>
     DEVICE static void for_pieces(int rows, int columns, const Body& body) {
         if (columns % Widest == 0)
@@ -346,8 +345,8 @@ DEVICE void for_pairs(Accumulator<Tiles>& sums, int slice, int token, const Body
     for (int tile = 0; tile < Tiles; tile++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            body(slice + lane / 4 + half * 8, token + tile * 8 + lane % 4 * 2,
-                 sums[tile][half * 2], sums[tile][half * 2 + 1]);
+            body(slice + lane / 4 + half * 8, token + tile * 8 + lane % 4 * 2, sums[tile][half * 2],
+                 sums[tile][half * 2 + 1]);
 }
 
 // ---- activations -------------------------------------------------------------------------------
@@ -367,8 +366,7 @@ DEVICE Activated activate(TitansActivation activation, float z) {
     }
     const float s = 1 / (1 + expf(-g)), spread = s / (1 + expf(g));  // s (1 - s)
     const float s1 = spread * slope;
-    return {z * s, s + z * s1,
-            2 * s1 + z * (s1 * (1 - 2 * s) * slope + spread * curve)};
+    return {z * s, s + z * s1, 2 * s1 + z * (s1 * (1 - 2 * s) * slope + spread * curve)};
 }
 
 }  // namespace hope

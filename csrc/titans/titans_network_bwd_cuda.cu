@@ -30,22 +30,6 @@ int64_t states_of_block(const TitansParams& p) {
 constexpr int kHiddenTiles = 5;
 
 template <class E, int D, int Tokens, int Layers>
-NetworkDemand backward_demand(const TitansParams& p) {
-    using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
-    NetworkDemand demand{};
-    SharedCarver all(nullptr), rest(nullptr);
-    Layout(all, p, nullptr, nullptr);
-    Layout(rest, p, reinterpret_cast<E*>(sizeof(E)), nullptr);
-    demand.tiles = all.used(), demand.spilled_tiles = rest.used();
-    if (sizeof(E) == 4)
-        demand.hidden_floats = kHiddenTiles * Layout::Forward::hidden_elements(p);
-    demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
-    demand.more_floats = Layout::parked_floats(p) + (p.position ? floats_of_network(p) : 0) +
-                         states_of_block<Tokens>(p) * floats_of_state(p);
-    return demand;
-}
-
-template <class E, int D, int Tokens, int Layers>
 class BackwardWalk {
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
     using Segments = NetworkGradients<E, D, Tokens, Layers>;
@@ -108,8 +92,7 @@ class BackwardWalk {
         load_matrices(p_, d_state_.weights, p_.d_final_weights, in_.index, in_.head);
         if (p_.has_momentum)
             load_matrices(p_, d_state_.momenta, p_.d_final_momenta, in_.index, in_.head);
-        if (!inside)
-            add_matrices(p_, d_state_.weights, p_.d_final_anchor, in_.index, in_.head);
+        if (!inside) add_matrices(p_, d_state_.weights, p_.d_final_anchor, in_.index, in_.head);
         if (d_anchor_.layer[0].data)
             load_matrices(p_, d_anchor_, inside ? p_.d_final_anchor : none, in_.index, in_.head);
         else
@@ -155,13 +138,15 @@ class BackwardWalk {
         __syncthreads();
     }
     DEVICE void advance_through(int chunk, const NetworkState& from, const NetworkState& to) const {
-        const int first = in_.segments_before(chunk), count = in_.segments_before(chunk + 1) - first;
+        const int first = in_.segments_before(chunk),
+                  count = in_.segments_before(chunk + 1) - first;
         for (int i = 0; i < count; i++)
             advance(in_.segment(first + i), anchor_of(chunk, from), i ? state_of_part(i) : from,
                     i + 1 < count ? state_of_part(i + 1) : to);
     }
     DEVICE void back_through(int chunk, const NetworkState& start) {
-        const int first = in_.segments_before(chunk), count = in_.segments_before(chunk + 1) - first;
+        const int first = in_.segments_before(chunk),
+                  count = in_.segments_before(chunk + 1) - first;
         const LayerMatrices anchor = anchor_of(chunk, start);
         for (int i = 0; i + 1 < count; i++)
             advance(in_.segment(first + i), anchor, i ? state_of_part(i) : start,
@@ -269,42 +254,34 @@ __global__ void __launch_bounds__(kNetworkThreads, 1)
     BackwardWalk<E, D, Tokens, Layers>(shared, p, in, states).run();
 }
 
-template <class Body>
-bool for_plan(const TitansParams& p, const Body& body) {
-    const auto plan_of = [&p](auto element, auto width, auto tokens, auto layers) {
-        return network_plan(
-            p, backward_demand<typename decltype(element)::type, decltype(width)::value,
-                               decltype(tokens)::value, decltype(layers)::value>(p));
-    };
-    return for_network(
-        p, [&](auto... instance) { return plan_of(instance...).fits; },
-        [&](auto element, auto width, auto tokens, auto layers) {
-            body(plan_of(element, width, tokens, layers),
-                 titans_network_bwd_kernel<typename decltype(element)::type, decltype(width)::value,
-                                           decltype(tokens)::value, decltype(layers)::value>);
-        });
-}
+template <class E, int D, int Tokens, int Layers>
+struct NetworkBackward {
+    static constexpr auto kernel = titans_network_bwd_kernel<E, D, Tokens, Layers>;
+
+    static NetworkDemand demand(const TitansParams& p) {
+        using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
+        NetworkDemand demand{};
+        SharedCarver all(nullptr), rest(nullptr);
+        Layout(all, p, nullptr, nullptr);
+        Layout(rest, p, reinterpret_cast<E*>(sizeof(E)), nullptr);
+        demand.tiles = all.used(), demand.spilled_tiles = rest.used();
+        if (sizeof(E) == 4)
+            demand.hidden_floats = kHiddenTiles * Layout::Forward::hidden_elements(p);
+        demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
+        demand.more_floats = Layout::parked_floats(p) + (p.position ? floats_of_network(p) : 0) +
+                             states_of_block<Tokens>(p) * floats_of_state(p);
+        return demand;
+    }
+};
 
 }  // namespace
 
 int64_t titans_network_bwd_cuda_scratch(const TitansParams& params) {
-    int64_t bytes = -1;
-    for_plan(params, [&](const NetworkPlan& plan, auto) {
-        bytes = params.sequences * params.heads * plan.memory.floats *
-                static_cast<int64_t>(sizeof(float));
-    });
-    return bytes;
+    return network_scratch<NetworkBackward>(params);
 }
 
 void titans_network_bwd_cuda(const TitansParams& params, void* scratch, void* stream) {
-    if (params.sequences * params.heads == 0) return;
-    for_plan(params, [&](const NetworkPlan& plan, auto kernel) {
-        NetworkMemory memory = plan.memory;
-        memory.scratch = static_cast<float*>(scratch);
-        launch(kernel, dim3(static_cast<unsigned>(params.sequences * params.heads)),
-               dim3(kNetworkThreads), plan.shared_bytes, static_cast<cudaStream_t>(stream), params,
-               memory);
-    });
+    launch_network<NetworkBackward>(params, scratch, stream);
 }
 
 }  // namespace hope

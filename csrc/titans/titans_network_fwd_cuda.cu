@@ -15,18 +15,6 @@ namespace hope {
 namespace {
 
 template <class E, int D, int Tokens, int Layers>
-NetworkDemand forward_demand(const TitansParams& p) {
-    using Layout = NetworkLayout<E, D, Tokens, Layers>;
-    NetworkDemand demand{};
-    SharedCarver all(nullptr), rest(nullptr);
-    Layout(all, p, false, nullptr), Layout(rest, p, false, reinterpret_cast<E*>(sizeof(E)));
-    demand.tiles = all.used(), demand.spilled_tiles = rest.used();
-    if (sizeof(E) == 4) demand.hidden_floats = 2 * Layout::hidden_elements(p);
-    demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
-    return demand;
-}
-
-template <class E, int D, int Tokens, int Layers>
 __global__ void __launch_bounds__(kNetworkThreads, 1)
     titans_network_fwd_kernel(const TitansParams p, const NetworkMemory memory) {
     using Layout = NetworkLayout<E, D, Tokens, Layers>;
@@ -111,46 +99,30 @@ __global__ void __launch_bounds__(kNetworkThreads, 1)
     if (p.checkpoint_every && threadIdx.x < 32) clear_unused_checkpoints(p, in);
 }
 
-constexpr auto kFits = [](const TitansParams& p) {
-    return [&p](auto element, auto width, auto tokens, auto layers) {
-        return network_plan(
-                   p, forward_demand<typename decltype(element)::type, decltype(width)::value,
-                                     decltype(tokens)::value, decltype(layers)::value>(p))
-            .fits;
-    };
-};
+template <class E, int D, int Tokens, int Layers>
+struct NetworkForward {
+    static constexpr auto kernel = titans_network_fwd_kernel<E, D, Tokens, Layers>;
 
-template <class Body>
-bool for_plan(const TitansParams& p, const Body& body) {
-    return for_network(p, kFits(p), [&](auto element, auto width, auto tokens, auto layers) {
-        using E = typename decltype(element)::type;
-        constexpr int kWidth = decltype(width)::value, kTokensOf = decltype(tokens)::value,
-                      kLayersOf = decltype(layers)::value;
-        body(network_plan(p, forward_demand<E, kWidth, kTokensOf, kLayersOf>(p)),
-             titans_network_fwd_kernel<E, kWidth, kTokensOf, kLayersOf>);
-    });
-}
+    static NetworkDemand demand(const TitansParams& p) {
+        using Layout = NetworkLayout<E, D, Tokens, Layers>;
+        NetworkDemand demand{};
+        SharedCarver all(nullptr), rest(nullptr);
+        Layout(all, p, false, nullptr), Layout(rest, p, false, reinterpret_cast<E*>(sizeof(E)));
+        demand.tiles = all.used(), demand.spilled_tiles = rest.used();
+        if (sizeof(E) == 4) demand.hidden_floats = 2 * Layout::hidden_elements(p);
+        demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
+        return demand;
+    }
+};
 
 }  // namespace
 
 int64_t titans_network_fwd_cuda_scratch(const TitansParams& params) {
-    int64_t bytes = -1;
-    for_plan(params, [&](const NetworkPlan& plan, auto) {
-        bytes = params.sequences * params.heads * plan.memory.floats *
-                static_cast<int64_t>(sizeof(float));
-    });
-    return bytes;
+    return network_scratch<NetworkForward>(params);
 }
 
 void titans_network_fwd_cuda(const TitansParams& params, void* scratch, void* stream) {
-    if (params.sequences * params.heads == 0) return;
-    for_plan(params, [&](const NetworkPlan& plan, auto kernel) {
-        NetworkMemory memory = plan.memory;
-        memory.scratch = static_cast<float*>(scratch);
-        launch(kernel, dim3(static_cast<unsigned>(params.sequences * params.heads)),
-               dim3(kNetworkThreads), plan.shared_bytes, static_cast<cudaStream_t>(stream), params,
-               memory);
-    });
+    launch_network<NetworkForward>(params, scratch, stream);
 }
 
 }  // namespace hope

@@ -13,74 +13,45 @@
 // The two layers are the same to the functions here; a memory of one has the last layer only, with
 // H = K and HQ = Q, so that dHQ is dQ and dH is dK.
 #pragma once
-#include "titans/titans_gates.cuh"
-#include "titans/titans_network_segment.cuh"
+#include "titans/titans_network_layer_gradients.cuh"
 
 namespace hope {
 
 template <class E, int D, int Tokens, int Layers>
-struct NetworkGradientsLayout {
-    using Forward = NetworkLayout<E, D, Tokens, Layers>;
-    using Tiles = typename Forward::Tiles;
-    using Gates = GateTiles<Tokens, kNetworkWarps, kNetworkWarps>;
-    // dZ * U, each element of the lane that has made it.
-    using Parked = Features<float, false, Tokens + kRowPadding>;
-
-    Gates gates;
-    Forward forward;                                // sums: Y, then dLoss
-    typename Tiles::ByToken d_o, d_y;               // dO, through the norm; dY
-    typename Tiles::Square scores, d_first, d_last;  // A * HQ H^T; dX of the layers
-    float* results;                                 // [Tokens][kSumStride] dQ, dE, dK
-    float *d_norm_weight, *d_norm_bias;             // [D]
-    Parked parked;
-
-    __host__ __device__ static int64_t parked_floats(const TitansParams& p) {
-        return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
-    }
-    __host__ __device__ NetworkGradientsLayout(SharedCarver& carver, const TitansParams& p,
-                                               E* hidden, float* parked_at)
-        : gates(carver),
-          // Row t of its A is what token t reads.
-          forward(carver, p, true, hidden,
-                  gates.a + (p.read == TitansRead::before ? 0 : Gates::kScoreStride)),
-          d_o{carver.take<E>(Tokens * (D + kRowPadding))},
-          d_y{carver.take<E>(Tokens * (D + kRowPadding))},
-          scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          d_first{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          d_last{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          results(carver.take<float>(Tokens * Tiles::kSumStride)),
-          d_norm_weight(carver.take<float>(D)),
-          d_norm_bias(carver.take<float>(D)),
-          parked{parked_at} {}
-};
-
-template <class E, int D, int Tokens, int Layers>
-class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
-    using Base = NetworkSegment<E, D, Tokens, Layers>;
+class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
+    using Base = NetworkLayerGradients<E, D, Tokens, Layers>;
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
     using Tiles = typename Layout::Tiles;
     using Gates = typename Layout::Gates;
+    using Base::all_;
+    using Base::error_gradients;
     using Base::hidden_;
     using Base::hidden_of_keys;
     using Base::hidden_of_queries;
     using Base::in_;
+    using Base::key_gradients;
     using Base::keys_;
     using Base::l2_;
+    using Base::layer_gradient;
+    using Base::multiply_gradient;
     using Base::norm_bias_;
     using Base::norm_weight_;
     using Base::p_;
+    using Base::query_gradients;
     using Base::reads_anchor_;
     using Base::residual_;
+    using Base::result;
     using Base::shared_;
+    using Base::store_results;
+    using Base::thread_;
     using Base::values_;
     static constexpr int kLast = Layers - 1;
 
  public:
     using Sums = typename Base::Sums;
 
-    DEVICE NetworkGradients(const Layout& shared, const TitansParams& p,
-                            const Sequence<Tokens>& in)
-        : Base(shared.forward, p, in), all_(shared), thread_(static_cast<int>(threadIdx.x)) {}
+    DEVICE NetworkGradients(const Layout& shared, const TitansParams& p, const Sequence<Tokens>& in)
+        : Base(shared, p, in) {}
 
     // ---- inputs ----
 
@@ -103,14 +74,15 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
             to.in_momenta[thread_] = all_.gates.in_momenta[thread_];
         }
         if (thread_ == 0)
-            to.b = all_.gates.b[at.rows], to.c = all_.gates.c[at.rows], to.m = all_.gates.m[at.rows];
+            to.b = all_.gates.b[at.rows], to.c = all_.gates.c[at.rows],
+            to.m = all_.gates.m[at.rows];
     }
 
     // ---- through the norm of what is read ----
     // O is in `results`. First the rows are normalised there, then their gradients summed for the
     // norm, then dO becomes the gradient of what the norm was given.
 
-    DEVICE RowStatistics normalise_outputs() const {
+    DEVICE_CALL RowStatistics normalise_outputs() const {
         const int t = Tiles::token_of_group();
         float mean = 0, variance = 0;
         this->for_columns([&](int v) { mean += result(t, v); });
@@ -122,7 +94,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
         this->for_columns([&](int v) { result(t, v) = (result(t, v) - mean) * inverse; });
         return {mean, inverse};
     }
-    DEVICE void add_outputs_norm() const {
+    DEVICE_CALL void add_outputs_norm() const {
         for (int v = thread_; v < values_; v += kNetworkThreads) {
             float of_weight = 0, of_bias = 0;
             for (int t = 0; t < Tokens; t++) {
@@ -132,12 +104,10 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
             all_.d_norm_weight[v] += of_weight, all_.d_norm_bias[v] += of_bias;
         }
     }
-    DEVICE void through_outputs_norm(const RowStatistics& row) const {
+    DEVICE_CALL void through_outputs_norm(const RowStatistics& row) const {
         const int t = Tiles::token_of_group();
         float mean = 0, mean_y = 0;
-        const auto gradient = [&](int v) {
-            return to_float(*all_.d_o.at(v, t)) * norm_weight_[v];
-        };
+        const auto gradient = [&](int v) { return to_float(*all_.d_o.at(v, t)) * norm_weight_[v]; };
         this->for_columns(
             [&](int v) { mean += gradient(v), mean_y += gradient(v) * result(t, v); });
         mean = Tiles::sum_of_group(mean) / values_;
@@ -150,13 +120,14 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
 
     // ---- the last layer's reads ----
 
-    DEVICE void differentiate_last_scores() const {
+    DEVICE_CALL void differentiate_last_scores() const {
         if (reads_anchor_) return;
-        differentiate_scores<false>(hidden_of_queries(), hidden_of_keys(), hidden_, all_.d_o,
-                                    shared_.e, values_, &all_.scores, all_.d_last);
+        this->template differentiate_scores<false>(hidden_of_queries(), hidden_of_keys(), hidden_,
+                                                   all_.d_o, shared_.e, values_, &all_.scores,
+                                                   all_.d_last);
     }
     // dZQ in place of ZQ.
-    DEVICE void hidden_queries(const NetworkState& from, const LayerMatrices& anchor) const {
+    DEVICE_CALL void hidden_queries(const NetworkState& from, const LayerMatrices& anchor) const {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_hq = {};
@@ -173,15 +144,17 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
 
     // ---- the first layer's reads, or the only one's; its updates ----
 
-    DEVICE void differentiate_first_scores() const {
+    DEVICE_CALL void differentiate_first_scores() const {
         if constexpr (Layers == 2)
             if (!reads_anchor_)
-                differentiate_scores<true>(shared_.q, shared_.k, keys_, shared_.zq, shared_.g,
-                                           hidden_, nullptr, all_.d_first);
+                this->template differentiate_scores<true>(shared_.q, shared_.k, keys_, shared_.zq,
+                                                          shared_.g, hidden_, nullptr,
+                                                          all_.d_first);
     }
     // dQ in `results`; what reads and updates add to dK stays in d_k.
-    DEVICE void queries_and_keys(Sums& d_k, const NetworkState& from, const LayerMatrices& anchor,
-                                 const NetworkState& d_after) const {
+    DEVICE_CALL void queries_and_keys(Sums& d_k, const NetworkState& from,
+                                      const LayerMatrices& anchor,
+                                      const NetworkState& d_after) const {
         Tiles::for_part(keys_, [&](int slice, int token) {
             Sums d_q = {};
             query_gradients(d_q, 0, slice, token, first_outputs_gradient(), shared_.q, shared_.k,
@@ -191,7 +164,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
             store_results(d_q, slice, token);
         });
     }
-    DEVICE void leave_queries(const Segment& at) const {
+    DEVICE_CALL void leave_queries(const Segment& at) const {
         const int t = Tiles::token_of_group();
         if (t >= at.rows) return;
         E* const d_q = token<E>(p_.d_q, in_, at.first + t);
@@ -201,8 +174,8 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
             d_q[i] = from_float<E>(result(t, i) + (d_o ? to_float(d_o[i]) : 0));
     }
     // dU in place of G; dG * U * act''(Z), part of dZ, is put aside.
-    DEVICE void first_errors_gradient(const LayerMatrices& anchor,
-                                      const NetworkState& d_after) const {
+    DEVICE_CALL void first_errors_gradient(const LayerMatrices& anchor,
+                                           const NetworkState& d_after) const {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_g = {}, u = {};
@@ -229,7 +202,8 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
     // ---- the errors ----
 
     // dE in `results`.
-    DEVICE void errors_gradient(const LayerMatrices& anchor, const NetworkState& d_after) const {
+    DEVICE_CALL void errors_gradient(const LayerMatrices& anchor,
+                                     const NetworkState& d_after) const {
         Tiles::for_part(values_, [&](int slice, int token) {
             Sums d_e = {};
             error_gradients(d_e, kLast, slice, token, all_.d_o, all_.scores, hidden_of_keys(),
@@ -241,7 +215,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
     }
     // From dE to dV and dY; the loss's gradient stays in `sums`, what the norm's weight gets of it
     // in `results`.
-    DEVICE void through_errors(const Segment& at) const {
+    DEVICE_CALL void through_errors(const Segment& at) const {
         const int t = Tiles::token_of_group();
         const bool valid = t < at.rows;
         E* const d_v = valid ? token<E>(p_.d_v, in_, at.first + t) : nullptr;
@@ -256,7 +230,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
             if (valid) d_v[v] = from_float<E>(-d_loss);
         });
     }
-    DEVICE void add_errors_norm() const {
+    DEVICE_CALL void add_errors_norm() const {
         if (!norm_weight_) return;
         for (int v = thread_; v < values_; v += kNetworkThreads) {
             float of_weight = 0, of_bias = 0;
@@ -266,7 +240,8 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
         }
     }
     // dZ in place of Z.
-    DEVICE void hidden_gradient(const LayerMatrices& anchor, const NetworkState& d_after) const {
+    DEVICE_CALL void hidden_gradient(const LayerMatrices& anchor,
+                                     const NetworkState& d_after) const {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_h = {};
@@ -285,7 +260,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
     // ---- the inputs, and the state before the segment ----
 
     // dK in `results`.
-    DEVICE void finish_keys(Sums& d_k, const LayerMatrices& anchor) const {
+    DEVICE_CALL void finish_keys(Sums& d_k, const LayerMatrices& anchor) const {
         Tiles::for_part(keys_, [&](int slice, int token) {
             if constexpr (Layers == 2)
                 multiply_state<true>(d_k, anchor.layer[0], slice, shared_.z, token);
@@ -294,7 +269,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
             store_results(d_k, slice, token);
         });
     }
-    DEVICE void leave_keys(const Segment& at) const {
+    DEVICE_CALL void leave_keys(const Segment& at) const {
         const int t = Tiles::token_of_group();
         if (t >= at.rows) return;
         E* const d_k = token<E>(p_.d_k, in_, at.first + t);
@@ -304,8 +279,9 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
     // dW and dS before the segment, and the inner products of dW' and dS' with W and S; a pending
     // gradient of the anchor is taken up at the chunk's start. d_anchor has data where anchors are
     // kept.
-    DEVICE void states_gradient(const Segment& at, const NetworkState& from,
-                                const NetworkState& d_state, const LayerMatrices& d_anchor) const {
+    DEVICE_CALL void states_gradient(const Segment& at, const NetworkState& from,
+                                     const NetworkState& d_state,
+                                     const LayerMatrices& d_anchor) const {
         float products[kProducts] = {};
         if constexpr (Layers == 2) {
             layer_gradient(at, 0, from, d_state, d_anchor, shared_.zq, shared_.q, products,
@@ -335,11 +311,6 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
     }
 
  private:
-    DEVICE float& result(int t, int v) const { return all_.results[t * Tiles::kSumStride + v]; }
-    DEVICE void store_results(Sums& from, int slice, int token) const {
-        this->store_sums(all_.results, from, slice, token);
-    }
-
     // Of the layer whose inputs are K and Q.
     DEVICE auto first_outputs_gradient() const {
         if constexpr (Layers == 2)
@@ -355,126 +326,6 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
     }
     DEVICE typename Tiles::Square first_d_scores() const {
         return Layers == 2 ? all_.d_first : all_.d_last;
-    }
-
-    // X = queries keys^T, dP = - d_out errors^T, both lower triangles: dX = A * dP, and X * dP is
-    // put, or added, to dA; A * X goes to `scores` if that is not null.
-    template <bool Adds, class Queries, class Keys, class Outputs, class Errors>
-    DEVICE void differentiate_scores(const Queries& queries, const Keys& keys, int in_terms,
-                                     const Outputs& d_out, const Errors& errors, int out_terms,
-                                     const typename Tiles::Square* scores,
-                                     const typename Tiles::Square& d_scores) const {
-        const int before = p_.read == TitansRead::before;
-        Tiles::for_lower_blocks([&](int row, int column) {
-            Accumulator<2> x = {}, y = {};
-            this->multiply_scores(x, queries, keys, in_terms, row, column);
-            this->multiply_scores(y, d_out, errors, out_terms, row, column);
-            this->for_square(row, column, [&](int t, int s, int tile, int i) {
-                const float2 a = pair_at(shared_.a + t * Tiles::kScoreStride + s);
-                if (scores)
-                    pair_at(scores->at(s, t)) = pack<E>(x[tile][i] * a.x, x[tile][i + 1] * a.y);
-                pair_at(d_scores.at(s, t)) = pack<E>(-y[tile][i] * a.x, -y[tile][i + 1] * a.y);
-                if (t < before) return;  // it reads what is before the segment
-                float2& d_a = pair_at(all_.gates.d_a + (t - before) * Gates::kScoreStride + s);
-                const float2 old = Adds ? d_a : make_float2(0, 0);
-                d_a = make_float2(old.x - x[tile][i] * y[tile][i],
-                                  old.y - x[tile][i + 1] * y[tile][i + 1]);
-            });
-        });
-    }
-
-    // b * (W d_out^T) + c * (S d_out^T) + keys^T dX^T: of a layer's queries, 16 of their features.
-    template <class Outputs, class Queries, class Keys, int Count>
-    DEVICE void query_gradients(Accumulator<Count>& result, int layer, int slice, int token,
-                                const Outputs& d_out, const Queries& queries, const Keys& keys,
-                                const typename Tiles::Square& d_scores, const NetworkState& from,
-                                const LayerMatrices& anchor) const {
-        if (reads_anchor_) {
-            multiply_state<true>(result, anchor.layer[layer], slice, d_out, token);
-            return;
-        }
-        Accumulator<Count> of_w = {}, of_s = {};
-        multiply_states<true>(of_w, of_s, from.weights.layer[layer], from.momenta.layer[layer],
-                              slice, d_out, token);
-        add_dots(Gates::kB, of_w, queries, slice, token);
-        if (p_.momentum.data) add_dots(Gates::kC, of_s, queries, slice, token);
-        combine(result, of_w, of_s, shared_.vectors->read_b + token,
-                shared_.vectors->read_c + token);
-#pragma unroll
-        for (int n = 0; n < Tokens / 16; n++) {
-            Block<E> block;
-            Left<E> left;
-            keys.load_features(block, slice, n * 16);
-            make_left(left, block);
-            d_scores.multiply_features(result, left, n * 16, token, n * 2 - token / 8);
-        }
-    }
-    // queries^T dX - in_weights * (dW' errors^T) - in_momenta * (dS' errors^T): of a layer's keys.
-    template <class Queries, class Errors, int Count>
-    DEVICE void key_gradients(Accumulator<Count>& result, int layer, int slice, int token,
-                              const Queries& queries, const typename Tiles::Square& d_scores,
-                              const Errors& errors, const NetworkState& d_after) const {
-        Accumulator<Count> of_w = {}, of_s = {};
-        multiply_states<true>(of_w, of_s, d_after.weights.layer[layer],
-                              d_after.momenta.layer[layer], slice, errors, token);
-        combine(of_w, of_w, of_s, shared_.vectors->in_weights + token,
-                shared_.vectors->in_momenta + token);
-        this->subtract(result, of_w);
-        if (reads_anchor_) return;
-#pragma unroll
-        for (int n = 0; n < Tokens / 16; n++) {
-            Block<E> block;
-            Left<E> left;
-            queries.load_features(block, slice, n * 16);
-            make_left(left, block);
-            d_scores.multiply_tokens(result, left, n * 16, token, 0, n * 2 + 2 - token / 8);
-        }
-    }
-    // - d_out^T P - in_weights * (dW'^T keys^T) - in_momenta * (dS'^T keys^T): of a layer's errors.
-    template <class Outputs, class Keys, class Errors, int Count>
-    DEVICE void error_gradients(Accumulator<Count>& result, int layer, int slice, int token,
-                                const Outputs& d_out, const typename Tiles::Square& scores,
-                                const Keys& keys, const Errors& errors,
-                                const NetworkState& d_after) const {
-        Accumulator<Count> of_w = {}, of_s = {};
-        multiply_states<false>(of_w, of_s, d_after.weights.layer[layer],
-                               d_after.momenta.layer[layer], slice, keys, token);
-        add_dots(Gates::kInWeights, of_w, errors, slice, token);
-        if (p_.momentum.data) add_dots(Gates::kInMomenta, of_s, errors, slice, token);
-        combine(of_w, of_w, of_s, shared_.vectors->in_weights + token,
-                shared_.vectors->in_momenta + token);
-        if (!reads_anchor_) {
-#pragma unroll
-            for (int n = 0; n < Tokens / 16; n++) {
-                Block<E> block;
-                Left<E> left;
-                d_out.load_features(block, slice, n * 16);
-                make_left(left, block);
-                scores.multiply_tokens(of_w, left, n * 16, token, 0, n * 2 + 2 - token / 8);
-            }
-        }
-        this->subtract(result, of_w);
-    }
-
-    // Adds the tokens' dot products of 16 features, x with the tile's, to this warp's sums.
-    template <class F, int Count>
-    DEVICE void add_dots(typename Gates::Sum sum, const Accumulator<Count>& x, const F& features,
-                         int slice, int token) const {
-        const int lane = thread_ % 32, warp = thread_ / 32;
-        float* const to =
-            all_.gates.sums + (sum * Gates::kSplits + warp) * Tokens + token + lane % 4 * 2;
-#pragma unroll
-        for (int tile = 0; tile < Count; tile++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int t = token + tile * 8 + lane % 4 * 2 + i, f = slice + lane / 4;
-                float dot = x[tile][i] * to_float(*features.at(f, t)) +
-                            x[tile][i + 2] * to_float(*features.at(f + 8, t));
-#pragma unroll
-                for (int distance = 4; distance < 32; distance *= 2)
-                    dot += __shfl_xor_sync(~0u, dot, distance);
-                if (lane < 4) to[tile * 8 + i] += dot;
-            }
     }
 
     // ---- the norm of the errors ----
@@ -514,97 +365,15 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers> {
         mean_dyy = Tiles::sum_of_group(mean_dyy) / count;
         this->for_columns([&](int v) {
             const float of_loss = d_loss(v), normal = y(v);
-            *all_.d_y.at(v, t) = from_float<E>(
-                row.inverse * (d_y(v) - mean_dy - normal * mean_dyy) -
-                row.inverse * row.inverse * d_scale * normal / count);
+            *all_.d_y.at(v, t) =
+                from_float<E>(row.inverse * (d_y(v) - mean_dy - normal * mean_dyy) -
+                              row.inverse * row.inverse * d_scale * normal / count);
             if (d_v) d_v[v] = from_float<E>(-of_loss);
-            result(t, v) = (u(v) - mean_u - normal * mean_uy) * loss(v) +
-                           (l2_ ? of_loss * normal : 0);
+            result(t, v) =
+                (u(v) - mean_u - normal * mean_uy) * loss(v) + (l2_ ? of_loss * normal : 0);
             this->sum(t, v) = of_loss;  // the last use of this element of Y
         });
     }
-
-    // ---- states ----
-
-    // sums += errors^T keys: rows are the errors' features, columns the keys'.
-    template <class Errors, class Keys, int Count>
-    DEVICE void multiply_gradient(Accumulator<Count>& sums, const Errors& errors, const Keys& keys,
-                                  int row, int column) const {
-#pragma unroll
-        for (int n = 0; n < Tokens / 16; n++) {
-            Block<E> block;
-            Left<E> left;
-            errors.load_features(block, row, n * 16);
-            make_left(left, block);
-            keys.multiply_tokens(sums, left, n * 16, column);
-        }
-    }
-    template <class Outputs, class Queries, class AnchorProducts>
-    DEVICE void layer_gradient(const Segment& at, int layer, const NetworkState& from,
-                               const NetworkState& d_state, const LayerMatrices& d_anchor,
-                               const Outputs& d_out, const Queries& queries,
-                               float (&products)[kProducts],
-                               const AnchorProducts& anchor_products) const {
-        const StateMatrix& w = from.weights.layer[layer];
-        Tiles::template for_pieces<32>(w.rows, w.columns, [&](int row, int column, auto width) {
-            piece_gradient<decltype(width)::value>(at, layer, row, column, from, d_state, d_anchor,
-                                                   d_out, queries, products, anchor_products);
-        });
-    }
-    template <int Columns, class Outputs, class Queries, class AnchorProducts>
-    DEVICE void piece_gradient(const Segment& at, int layer, int row, int column,
-                               const NetworkState& from, const NetworkState& d_state,
-                               const LayerMatrices& d_anchor, const Outputs& d_out,
-                               const Queries& queries, float (&products)[kProducts],
-                               const AnchorProducts& anchor_products) const {
-        const Vectors<Tokens>& vectors = *shared_.vectors;
-        Accumulator<Columns / 8> to_w = {}, to_s = {}, to_anchor = {};
-        if (reads_anchor_) multiply_gradient(to_anchor, d_out, queries, row, column);
-#pragma unroll
-        for (int n = 0; n < Tokens / 16; n++) {
-            if (reads_anchor_) continue;
-            Block<E> block, scaled;
-            Left<E> left;
-            d_out.load_features(block, row, n * 16);
-            scale_columns<E>(scaled, block, vectors.read_b + n * 16);
-            make_left(left, scaled);
-            queries.multiply_tokens(to_w, left, n * 16, column);
-            if (!p_.momentum.data) continue;
-            scale_columns<E>(scaled, block, vectors.read_c + n * 16);
-            make_left(left, scaled);
-            queries.multiply_tokens(to_s, left, n * 16, column);
-        }
-        anchor_products(to_anchor, row, column);
-        const StateMatrix &d_w = d_state.weights.layer[layer], &d_s = d_state.momenta.layer[layer],
-                          &d_a = d_anchor.layer[layer], &w = from.weights.layer[layer],
-                          &s = from.momenta.layer[layer];
-        const int lane = thread_ % 32;
-#pragma unroll
-        for (int tile = 0; tile < Columns / 8; tile++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int r = row + lane / 4 + i / 2 * 8, c = column + tile * 8 + lane % 4 * 2 + i % 2;
-                float &of_w = *d_w.at(r, c), pending = to_anchor[tile][i];
-                const float after_w = of_w, old_w = *w.at(r, c);
-                if (d_a.data) {
-                    float& of_anchor = *d_a.at(r, c);
-                    pending += of_anchor;
-                    of_anchor = at.new_chunk ? 0 : pending;
-                    if (!at.new_chunk) pending = 0;
-                }
-                of_w = vectors.b * after_w + to_w[tile][i] + pending;
-                products[kWeightsWeights] += after_w * old_w;
-                if (!d_s.data) continue;
-                float& of_s = *d_s.at(r, c);
-                const float after_s = of_s, old_s = *s.at(r, c);
-                of_s = vectors.c * after_w + vectors.m * after_s + to_s[tile][i];
-                products[kWeightsMomenta] += after_w * old_s;
-                products[kMomentaMomenta] += after_s * old_s;
-            }
-    }
-
-    const Layout& all_;
-    const int thread_;
 };
 
 }  // namespace hope

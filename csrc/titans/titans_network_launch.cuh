@@ -23,7 +23,7 @@ struct NetworkDemand {
     size_t tiles, spilled_tiles;  // without the hidden tiles
     int64_t hidden_floats;        // of all hidden tiles, if they may lie elsewhere; else 0
     int groups;
-    int64_t more_floats;          // of scratch memory, after all that
+    int64_t more_floats;  // of scratch memory, after all that
 };
 
 struct NetworkPlan {
@@ -61,29 +61,35 @@ __host__ __device__ bool keeps_anchor(const TitansParams& p) {
     return p.position || Sequence<Tokens>::segments_of_chunk(p) > 1;
 }
 
-// body(Type<E>, Constant<D>, Constant<Tokens>, Constant<Layers>) for the instance that the params
-// want: tiles with room for D columns, segments of as many tokens as fit. `fits(...)` takes the
-// same. Returns false if none fits.
-template <class Fits, class Body>
-bool for_network(const TitansParams& p, const Fits& fits, const Body& body) {
-    const int64_t widest = p.key_dim > p.value_dim ? p.key_dim : p.value_dim;
+// body(plan, kernel) for the instance of a kernel that the params want: tiles with room for D
+// columns, segments of as many tokens as fit the device. Kernel<E, D, Tokens, Layers> has
+// demand(params) and the kernel itself. Returns false if no segment fits.
+template <template <class E, int D, int Tokens, int Layers> class Kernel, class Body>
+bool for_network(const TitansParams& p, const Body& body) {
     const auto attempt = [&](auto element, auto width, auto tokens, auto layers) {
-        if (!fits(element, width, tokens, layers)) return false;
-        body(element, width, tokens, layers);
-        return true;
+        using Instance = Kernel<typename decltype(element)::type, decltype(width)::value,
+                                decltype(tokens)::value, decltype(layers)::value>;
+        const NetworkPlan plan = network_plan(p, Instance::demand(p));
+        if (plan.fits) body(plan, Instance::kernel);
+        return plan.fits;
     };
     const auto for_tokens = [&](auto element, auto width, auto layers) {
-        if constexpr (sizeof(typename decltype(element)::type) == 2)
+        constexpr bool kNarrow = sizeof(typename decltype(element)::type) == 2;
+        if constexpr (kNarrow)
             if (attempt(element, width, Constant<32>(), layers)) return true;
-        return attempt(element, width, Constant<16>(), layers);
+        if constexpr (kNarrow && decltype(layers)::value == 1)
+            return false;  // 32 tokens fit every device
+        else
+            return attempt(element, width, Constant<16>(), layers);
     };
-    const auto for_layers = [&](auto element, auto width) {
+    const auto for_depth = [&](auto element, auto width) {
         return p.hidden_dim ? for_tokens(element, width, Constant<2>())
                             : for_tokens(element, width, Constant<1>());
     };
     const auto for_width = [&](auto element) {
-        return widest <= 64 ? for_layers(element, Constant<64>())
-                            : for_layers(element, Constant<128>());
+        const int64_t widest = p.key_dim > p.value_dim ? p.key_dim : p.value_dim;
+        return widest <= 64 ? for_depth(element, Constant<64>())
+                            : for_depth(element, Constant<128>());
     };
     switch (p.element) {
         case Element::float32:
@@ -96,6 +102,27 @@ bool for_network(const TitansParams& p, const Fits& fits, const Body& body) {
             break;
     }
     throw std::invalid_argument("titans_network: no CUDA kernel for float64");
+}
+
+// Bytes of scratch memory, -1 if no segment fits; and the launch: a block for each (sequence,
+// head).
+template <template <class, int, int, int> class Kernel>
+int64_t network_scratch(const TitansParams& p) {
+    int64_t floats = 0;
+    const bool fits =
+        for_network<Kernel>(p, [&](const NetworkPlan& plan, auto) { floats = plan.memory.floats; });
+    return fits ? p.sequences * p.heads * floats * static_cast<int64_t>(sizeof(float)) : -1;
+}
+template <template <class, int, int, int> class Kernel>
+void launch_network(const TitansParams& p, void* scratch, void* stream) {
+    const int64_t blocks = p.sequences * p.heads;
+    if (blocks == 0) return;
+    for_network<Kernel>(p, [&](const NetworkPlan& plan, auto kernel) {
+        NetworkMemory memory = plan.memory;
+        memory.scratch = static_cast<float*>(scratch);
+        launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kNetworkThreads),
+               plan.shared_bytes, static_cast<cudaStream_t>(stream), p, memory);
+    });
 }
 
 }  // namespace hope

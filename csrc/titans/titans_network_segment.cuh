@@ -34,14 +34,18 @@ struct NetworkLayout {
         return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
     }
     // keeps: with all hidden tiles, for the backward; else HQ takes the place of Z. They lie at
-    // `hidden` if that is not null: floats are read without ldmatrix, from anywhere. A lies at `given_a`
-    // if that is not null.
+    // `hidden` if that is not null: floats are read without ldmatrix, from anywhere. A lies at
+    // `given_a` if that is not null.
     __host__ __device__ NetworkLayout(SharedCarver& carver, const TitansParams& p, bool keeps,
                                       E* hidden, float* given_a = nullptr)
         : k{carver.take<E>(Tokens * (D + kRowPadding))},
           q{carver.take<E>(Tokens * (D + kRowPadding))},
           e{carver.take<E>(Tokens * (D + kRowPadding))},
-          z{}, h{}, hq{}, g{}, zq{},
+          z{},
+          h{},
+          hq{},
+          g{},
+          zq{},
           scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
           sums(carver.take<float>(Tokens * Tiles::kSumStride)),
           a(given_a ? given_a : carver.take<float>(Tokens * Tiles::kScoreStride)),
@@ -120,28 +124,28 @@ class NetworkSegment {
         return gates.lr;
     }
     // A, b, c, m and the last rows of A and N.
-    DEVICE void compute_coefficients(const Segment& at, float lr) const {
+    DEVICE_CALL void compute_coefficients(const Segment& at, float lr) const {
         recur<Tokens>(static_cast<int>(threadIdx.x), lr, shared_.gates, at.rows - 1,
                       p_.read == TitansRead::before, shared_.a, *shared_.vectors);
     }
 
     // ---- the state before the segment ----
 
-    DEVICE void hidden_keys(const LayerMatrices& anchor) const {
+    DEVICE_CALL void hidden_keys(const LayerMatrices& anchor) const {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> z = {};
                 multiply_state<false>(z, anchor.layer[0], slice, shared_.k, 0);
                 for_pairs(z, slice, 0, [&](int f, int t, float x, float y) {
                     pair_at(shared_.z.at(f, t)) = pack<E>(x, y);
-                    pair_at(shared_.h.at(f, t)) = pack<E>(activate(p_.activation, x).value,
-                                                          activate(p_.activation, y).value);
+                    pair_at(shared_.h.at(f, t)) =
+                        pack<E>(activate(p_.activation, x).value, activate(p_.activation, y).value);
                 });
             });
     }
     // Whether the error depends on what the memory gives for K.
     DEVICE bool needs_outputs() const { return l2_ || norm_weight_; }
-    DEVICE void outputs(const LayerMatrices& anchor) const {
+    DEVICE_CALL void outputs(const LayerMatrices& anchor) const {
         Tiles::for_part(values_, [&](int slice, int token) {
             Accumulator<Tiles::kPartTiles> y = {};
             multiply_state<false>(y, anchor.layer[kLast], slice, hidden_of_keys(), token);
@@ -149,7 +153,7 @@ class NetworkSegment {
         });
     }
     // E in place of V.
-    DEVICE void errors() const {
+    DEVICE_CALL void errors() const {
         const int t = Tiles::token_of_group();
         RowStatistics row{};
         float mean = 0, mean_y = 0;
@@ -172,14 +176,14 @@ class NetworkSegment {
 
     // ---- the first layer ----
 
-    DEVICE void score_first() const {
+    DEVICE_CALL void score_first() const {
         if (Layers == 2 && !reads_anchor_) score(shared_.q, shared_.k, keys_, shared_.scores);
     }
     // Reads: with HQ. Keeps: and leaves G and ZQ in their tiles. Without a state to go to, nothing
     // is updated.
     template <bool Reads, bool Keeps, bool Updates>
-    DEVICE void first_layer(const NetworkState& from, const LayerMatrices& anchor,
-                            const NetworkState& to) const {
+    DEVICE_CALL void first_layer(const NetworkState& from, const LayerMatrices& anchor,
+                                 const NetworkState& to) const {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> g = {};
@@ -223,16 +227,17 @@ class NetworkSegment {
 
     using Sums = Accumulator<Tiles::kPartTiles>;
 
-    DEVICE void score_last(const typename Tiles::Square& to) const {
+    DEVICE_CALL void score_last(const typename Tiles::Square& to) const {
         if (!reads_anchor_) score(hidden_of_queries(), hidden_of_keys(), hidden_, to);
     }
-    DEVICE void start_reads(Sums& o, const NetworkState& from, const LayerMatrices& anchor) const {
+    DEVICE_CALL void start_reads(Sums& o, const NetworkState& from,
+                                 const LayerMatrices& anchor) const {
         Tiles::for_part(values_, [&](int slice, int token) {
             read_slice(o, from, anchor, kLast, slice, hidden_of_queries(), token);
         });
     }
     // O, to a tile like that of the sums.
-    DEVICE void finish_reads(Sums& o, const typename Tiles::Square& scores, float* to) const {
+    DEVICE_CALL void finish_reads(Sums& o, const typename Tiles::Square& scores, float* to) const {
         Tiles::for_part(values_, [&](int slice, int token) {
             if (!reads_anchor_) {
                 Sums of_errors = {};
@@ -249,19 +254,18 @@ class NetworkSegment {
             store_sums(to, o, slice, token);
         });
     }
-    DEVICE void update_last(const NetworkState& from, const NetworkState& to) const {
-        Tiles::template for_pieces<kWide>(
-            values_, hidden_, [&](int row, int column, auto width) {
-                update_piece<decltype(width)::value>(
-                    from, to, kLast, row, column, hidden_of_keys(),
-                    [&](Block<E>& scaled, int n, const float* factor) {
-                        Block<E> block;
-                        shared_.e.load_features(block, row, n * 16);
-                        scale_columns<E>(scaled, block, factor + n * 16);
-                    });
-            });
+    DEVICE_CALL void update_last(const NetworkState& from, const NetworkState& to) const {
+        Tiles::template for_pieces<kWide>(values_, hidden_, [&](int row, int column, auto width) {
+            update_piece<decltype(width)::value>(from, to, kLast, row, column, hidden_of_keys(),
+                                                 [&](Block<E>& scaled, int n, const float* factor) {
+                                                     Block<E> block;
+                                                     shared_.e.load_features(block, row, n * 16);
+                                                     scale_columns<E>(scaled, block,
+                                                                      factor + n * 16);
+                                                 });
+        });
     }
-    DEVICE void leave_outputs(const Segment& at) const {
+    DEVICE_CALL void leave_outputs(const Segment& at) const {
         const int t = Tiles::token_of_group();
         RowStatistics row{};
         if (norm_weight_) row = statistics(t);

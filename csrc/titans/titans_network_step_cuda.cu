@@ -3,10 +3,10 @@
 //     z = k W1_a, h = act(z), y = h W2_a, e from y, k and v, g = (W2_a e) * act'(z),
 //     S' = m S - lr (input)^T (error), W' = keep W + S' for both layers, o = M_W'(q) (or W, or W_a)
 //
-// Reading and writing the states is all the cost: they are of float and updated where they are read,
-// a block for each (sequence, head). A product with a matrix [in, out] has its columns dealt out to
-// the threads, and its rows to groups of threads whose sums meet in shared memory; one with its
-// transpose has a row for each warp. Grid: N * H.
+// Reading and writing the states is all the cost: they are of float and updated where they are
+// read, a block for each (sequence, head). A product with a matrix [in, out] has its columns dealt
+// out to the threads, and its rows to groups of threads whose sums meet in shared memory; one with
+// its transpose has a row for each warp. Grid: N * H.
 #include "titans/titans_cuda.h"
 #include "titans/titans_network_launch.cuh"
 
@@ -60,8 +60,7 @@ DEVICE void multiply_transposed(float* y, const float* x, const float* m, int ro
         for (int column = lane; column < columns; column += 32)
             sum += m[row * columns + column] * x[column];
 #pragma unroll
-        for (int distance = 16; distance; distance /= 2)
-            sum += __shfl_xor_sync(~0u, sum, distance);
+        for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
         if (lane == 0) y[row] = sum;
     }
     __syncthreads();
@@ -93,8 +92,7 @@ class Step {
     DEVICE void apply(float* y, const float* x, float* z, float* h, const Weights& weights) const {
         if (layers_ == 2) {
             product(z, x, weights(0), 0);
-            for_elements(p_.hidden_dim,
-                         [&](int f) { h[f] = activate(p_.activation, z[f]).value; });
+            for_elements(p_.hidden_dim, [&](int f) { h[f] = activate(p_.activation, z[f]).value; });
             __syncthreads();
             x = h;
         }
@@ -103,8 +101,7 @@ class Step {
     // y, normalised; the inverse standard deviation comes back.
     DEVICE float normalise(float* y) const {
         const float mean = sum(y, [](float x) { return x; }) / values_;
-        const float variance =
-            sum(y, [&](float x) { return (x - mean) * (x - mean); }) / values_;
+        const float variance = sum(y, [&](float x) { return (x - mean) * (x - mean); }) / values_;
         const float inverse = 1 / sqrtf(variance + static_cast<float>(p_.norm_eps));
         __syncthreads();  // all have read y
         for_elements(values_, [&](int v) { y[v] = (y[v] - mean) * inverse; });
@@ -138,9 +135,8 @@ class Step {
         if (layers_ == 1) return;
         multiply_transposed(shared_.g, shared_.e, anchor(1), static_cast<int>(p_.hidden_dim),
                             values_);
-        for_elements(p_.hidden_dim, [&](int f) {
-            shared_.g[f] *= activate(p_.activation, shared_.z[f]).slope;
-        });
+        for_elements(p_.hidden_dim,
+                     [&](int f) { shared_.g[f] *= activate(p_.activation, shared_.z[f]).slope; });
         __syncthreads();
     }
     // Every element is read and written by one thread.
@@ -157,8 +153,8 @@ class Step {
                          *const to_a = of(p_.final_anchor[layer]);
             for_elements(size, [&](int i) {
                 const float old = a[i];
-                const float momentum = (s ? gates_.momentum * s[i] : 0) -
-                                       gates_.lr * x[i / columns] * e[i % columns];
+                const float momentum =
+                    (s ? gates_.momentum * s[i] : 0) - gates_.lr * x[i / columns] * e[i % columns];
                 const float after = gates_.keep * w[i] + momentum;
                 to_w[i] = after;
                 if (p_.has_momentum) to_s[i] = momentum;
@@ -178,7 +174,7 @@ class Step {
     template <class E>
     DEVICE void load() const {
         const E *const q = token<const E>(p_.q, in_, 0), *const k = token<const E>(p_.k, in_, 0),
-                *const v = token<const E>(p_.v, in_, 0);
+                       *const v = token<const E>(p_.v, in_, 0);
         for_elements(p_.key_dim,
                      [&](int i) { shared_.q[i] = to_float(q[i]), shared_.k[i] = to_float(k[i]); });
         for_elements(values_, [&](int i) { shared_.e[i] = to_float(v[i]); });
@@ -240,7 +236,8 @@ __global__ void __launch_bounds__(kStepThreads) titans_network_step_kernel(const
         step.store<E>();
         __syncthreads();
     }
-    step.apply(shared.o, shared.k, shared.z, shared.h, [&](int layer) { return step.anchor(layer); });
+    step.apply(shared.o, shared.k, shared.z, shared.h,
+               [&](int layer) { return step.anchor(layer); });
     step.errors();
     step.update();
     if (p.read == TitansRead::after) {

@@ -39,6 +39,12 @@ SMALL = {  # the shared memory of compute capability 8.6, hardly any cache
 }
 
 
+TIGHT = {  # of a deep memory's tiles, 16 tokens fit; or float tiles leave it
+    "EMULATOR_SHARED_BYTES": str(64 << 10),
+}
+TIGHTER = {"EMULATOR_SHARED_BYTES": str(40 << 10)}  # the same for a forward alone
+
+
 class Instance(NamedTuple):
     case: Case
     dtype: torch.dtype
@@ -50,7 +56,7 @@ class Instance(NamedTuple):
 
 
 def _titans(name: str, **options) -> Case:
-    make = functools.partial(testing.titans_inputs, heads=4, **options)
+    make = functools.partial(testing.titans_inputs, **{"heads": 4, **options})
     return Case("titans", name, hope_ext.titans_memory, make)
 
 
@@ -80,10 +86,53 @@ def instances() -> Iterator[Instance]:
         for read in ("before", "chunk"):
             plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
             yield Instance(_titans(f"plain-{read}", batch=1, tokens=33, **plain), dtype, IDLE)
+        yield from _networks(dtype)
         for width in (2, 3, 4, 1, 9):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
+
+
+def _networks(dtype: torch.dtype) -> Iterator[Instance]:
+    """Memories of two layers, or with a norm: devices on which segments have 32 tokens, or 16, and on
+    which states, or tiles, lie in scratch memory.
+    """
+    one = {"batch": 1, "heads": 2}
+    # Two segments in a chunk, or three; the second sequence goes on inside one.
+    packed = {"chunk_size": 40, "bounds": [0, 20, 75], "positions": [0, 30], "tokens": 75}
+    for key, hidden, device in ((32, 64, {}), (64, 64, TIGHT), (128, 32, {}), (128, 48, SMALL)):
+        size = {"key": key, "value": key, "hidden": hidden}
+        yield Instance(_titans(f"deep-{key}x{hidden}", **one, **packed, **size), dtype, device)
+    norm = {"norm": True, "activation": "silu"}
+    size = {"key": 32, "value": 32, "hidden": 32}
+    yield Instance(_titans("deep-norm", **one, **packed, **size, **norm), dtype, {})
+    yield Instance(
+        _titans("deep-forward", **one, tokens=20, key=64, value=64, hidden=128),
+        dtype,
+        TIGHTER,
+        False,
+    )
+    yield Instance(
+        _titans("norm-16x64", **one, tokens=41, key=16, value=64, norm=True, residual=False),
+        dtype,
+        {},
+    )
+    yield Instance(
+        _titans("norm-128", **one, **packed, key=128, value=128, norm=True), dtype, SMALL
+    )
+    for read in ("before", "chunk"):
+        plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
+        yield Instance(
+            _titans(f"deep-plain-{read}", **one, tokens=37, hidden=32, residual=False, **plain),
+            dtype,
+            {},
+        )
+        yield Instance(
+            _titans(f"norm-plain-{read}", **one, tokens=37, norm=True, **plain), dtype, {}
+        )
+    steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
+    yield Instance(_titans("deep-step", **steps, key=32, value=32, hidden=64), dtype, {}, False)
+    yield Instance(_titans("norm-step", **steps, key=32, value=32, **norm), dtype, {}, False)
 
 
 def main() -> int:

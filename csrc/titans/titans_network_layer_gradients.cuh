@@ -1,0 +1,275 @@
+// What a layer's gradients are made of, in a segment of a memory of two layers, or with a norm: the
+// backward's tiles, and the pieces that titans_network_gradients.cuh puts in order. A layer has
+// queries and keys (its inputs), d_out (the gradient of what its reads give) and errors; W, S are
+// its states before the segment, dW', dS' their gradients after it.
+#pragma once
+#include "titans/titans_gates.cuh"
+#include "titans/titans_network_segment.cuh"
+
+namespace hope {
+
+template <class E, int D, int Tokens, int Layers>
+struct NetworkGradientsLayout {
+    using Forward = NetworkLayout<E, D, Tokens, Layers>;
+    using Tiles = typename Forward::Tiles;
+    using Gates = GateTiles<Tokens, kNetworkWarps, kNetworkWarps>;
+    // dZ * U, each element of the lane that has made it.
+    using Parked = Features<float, false, Tokens + kRowPadding>;
+
+    Gates gates;
+    Forward forward;                                 // sums: Y, then dLoss
+    typename Tiles::ByToken d_o, d_y;                // dO, through the norm; dY
+    typename Tiles::Square scores, d_first, d_last;  // A * HQ H^T; dX of the layers
+    float* results;                                  // [Tokens][kSumStride] dQ, dE, dK
+    float *d_norm_weight, *d_norm_bias;              // [D]
+    Parked parked;
+
+    __host__ __device__ static int64_t parked_floats(const TitansParams& p) {
+        return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
+    }
+    __host__ __device__ NetworkGradientsLayout(SharedCarver& carver, const TitansParams& p,
+                                               E* hidden, float* parked_at)
+        : gates(carver),
+          // Row t of its A is what token t reads.
+          forward(carver, p, true, hidden,
+                  gates.a + (p.read == TitansRead::before ? 0 : Gates::kScoreStride)),
+          d_o{carver.take<E>(Tokens * (D + kRowPadding))},
+          d_y{carver.take<E>(Tokens * (D + kRowPadding))},
+          scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
+          d_first{carver.take<E>(Tokens * Tiles::kScoreStride)},
+          d_last{carver.take<E>(Tokens * Tiles::kScoreStride)},
+          results(carver.take<float>(Tokens * Tiles::kSumStride)),
+          d_norm_weight(carver.take<float>(D)),
+          d_norm_bias(carver.take<float>(D)),
+          parked{parked_at} {}
+};
+
+template <class E, int D, int Tokens, int Layers>
+class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
+    using Base = NetworkSegment<E, D, Tokens, Layers>;
+
+ public:
+    using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
+    using Tiles = typename Layout::Tiles;
+    using Gates = typename Layout::Gates;
+    using Sums = typename Base::Sums;
+
+    DEVICE NetworkLayerGradients(const Layout& shared, const TitansParams& p,
+                                 const Sequence<Tokens>& in)
+        : Base(shared.forward, p, in), all_(shared), thread_(static_cast<int>(threadIdx.x)) {}
+
+ protected:
+    using Base::p_;
+    using Base::reads_anchor_;
+    using Base::shared_;
+
+    DEVICE float& result(int t, int v) const { return all_.results[t * Tiles::kSumStride + v]; }
+    DEVICE void store_results(Sums& from, int slice, int token) const {
+        this->store_sums(all_.results, from, slice, token);
+    }
+
+    // X = queries keys^T, dP = - d_out errors^T, both lower triangles: dX = A * dP, and X * dP is
+    // put, or added, to dA; A * X goes to `scores` if that is not null.
+    template <bool Adds, class Queries, class Keys, class Outputs, class Errors>
+    DEVICE void differentiate_scores(const Queries& queries, const Keys& keys, int in_terms,
+                                     const Outputs& d_out, const Errors& errors, int out_terms,
+                                     const typename Tiles::Square* scores,
+                                     const typename Tiles::Square& d_scores) const {
+        const int before = p_.read == TitansRead::before;
+        Tiles::for_lower_blocks([&](int row, int column) {
+            Accumulator<2> x = {}, y = {};
+            this->multiply_scores(x, queries, keys, in_terms, row, column);
+            this->multiply_scores(y, d_out, errors, out_terms, row, column);
+            this->for_square(row, column, [&](int t, int s, int tile, int i) {
+                const float2 a = pair_at(shared_.a + t * Tiles::kScoreStride + s);
+                if (scores)
+                    pair_at(scores->at(s, t)) = pack<E>(x[tile][i] * a.x, x[tile][i + 1] * a.y);
+                pair_at(d_scores.at(s, t)) = pack<E>(-y[tile][i] * a.x, -y[tile][i + 1] * a.y);
+                if (t < before) return;  // it reads what is before the segment
+                float2& d_a = pair_at(all_.gates.d_a + (t - before) * Gates::kScoreStride + s);
+                const float2 old = Adds ? d_a : make_float2(0, 0);
+                d_a = make_float2(old.x - x[tile][i] * y[tile][i],
+                                  old.y - x[tile][i + 1] * y[tile][i + 1]);
+            });
+        });
+    }
+
+    // b * (W d_out^T) + c * (S d_out^T) + keys^T dX^T: of a layer's queries, 16 of their features.
+    template <class Outputs, class Queries, class Keys, int Count>
+    DEVICE void query_gradients(Accumulator<Count>& result, int layer, int slice, int token,
+                                const Outputs& d_out, const Queries& queries, const Keys& keys,
+                                const typename Tiles::Square& d_scores, const NetworkState& from,
+                                const LayerMatrices& anchor) const {
+        if (reads_anchor_) {
+            multiply_state<true>(result, anchor.layer[layer], slice, d_out, token);
+            return;
+        }
+        Accumulator<Count> of_w = {}, of_s = {};
+        multiply_states<true>(of_w, of_s, from.weights.layer[layer], from.momenta.layer[layer],
+                              slice, d_out, token);
+        add_dots(Gates::kB, of_w, queries, slice, token);
+        if (p_.momentum.data) add_dots(Gates::kC, of_s, queries, slice, token);
+        combine(result, of_w, of_s, shared_.vectors->read_b + token,
+                shared_.vectors->read_c + token);
+#pragma unroll
+        for (int n = 0; n < Tokens / 16; n++) {
+            Block<E> block;
+            Left<E> left;
+            keys.load_features(block, slice, n * 16);
+            make_left(left, block);
+            d_scores.multiply_features(result, left, n * 16, token, n * 2 - token / 8);
+        }
+    }
+    // queries^T dX - in_weights * (dW' errors^T) - in_momenta * (dS' errors^T): of a layer's keys.
+    template <class Queries, class Errors, int Count>
+    DEVICE void key_gradients(Accumulator<Count>& result, int layer, int slice, int token,
+                              const Queries& queries, const typename Tiles::Square& d_scores,
+                              const Errors& errors, const NetworkState& d_after) const {
+        Accumulator<Count> of_w = {}, of_s = {};
+        multiply_states<true>(of_w, of_s, d_after.weights.layer[layer],
+                              d_after.momenta.layer[layer], slice, errors, token);
+        combine(of_w, of_w, of_s, shared_.vectors->in_weights + token,
+                shared_.vectors->in_momenta + token);
+        this->subtract(result, of_w);
+        if (reads_anchor_) return;
+#pragma unroll
+        for (int n = 0; n < Tokens / 16; n++) {
+            Block<E> block;
+            Left<E> left;
+            queries.load_features(block, slice, n * 16);
+            make_left(left, block);
+            d_scores.multiply_tokens(result, left, n * 16, token, 0, n * 2 + 2 - token / 8);
+        }
+    }
+    // - d_out^T P - in_weights * (dW'^T keys^T) - in_momenta * (dS'^T keys^T): of a layer's errors.
+    template <class Outputs, class Keys, class Errors, int Count>
+    DEVICE void error_gradients(Accumulator<Count>& result, int layer, int slice, int token,
+                                const Outputs& d_out, const typename Tiles::Square& scores,
+                                const Keys& keys, const Errors& errors,
+                                const NetworkState& d_after) const {
+        Accumulator<Count> of_w = {}, of_s = {};
+        multiply_states<false>(of_w, of_s, d_after.weights.layer[layer],
+                               d_after.momenta.layer[layer], slice, keys, token);
+        add_dots(Gates::kInWeights, of_w, errors, slice, token);
+        if (p_.momentum.data) add_dots(Gates::kInMomenta, of_s, errors, slice, token);
+        combine(of_w, of_w, of_s, shared_.vectors->in_weights + token,
+                shared_.vectors->in_momenta + token);
+        if (!reads_anchor_) {
+#pragma unroll
+            for (int n = 0; n < Tokens / 16; n++) {
+                Block<E> block;
+                Left<E> left;
+                d_out.load_features(block, slice, n * 16);
+                make_left(left, block);
+                scores.multiply_tokens(of_w, left, n * 16, token, 0, n * 2 + 2 - token / 8);
+            }
+        }
+        this->subtract(result, of_w);
+    }
+
+    // Adds the tokens' dot products of 16 features, x with the tile's, to this warp's sums.
+    template <class F, int Count>
+    DEVICE void add_dots(typename Gates::Sum sum, const Accumulator<Count>& x, const F& features,
+                         int slice, int token) const {
+        const int lane = thread_ % 32, warp = thread_ / 32;
+        float* const to =
+            all_.gates.sums + (sum * Gates::kSplits + warp) * Tokens + token + lane % 4 * 2;
+#pragma unroll
+        for (int tile = 0; tile < Count; tile++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int t = token + tile * 8 + lane % 4 * 2 + i, f = slice + lane / 4;
+                float dot = x[tile][i] * to_float(*features.at(f, t)) +
+                            x[tile][i + 2] * to_float(*features.at(f + 8, t));
+#pragma unroll
+                for (int distance = 4; distance < 32; distance *= 2)
+                    dot += __shfl_xor_sync(~0u, dot, distance);
+                if (lane < 4) to[tile * 8 + i] += dot;
+            }
+    }
+
+    // ---- states ----
+
+    // sums += errors^T keys: rows are the errors' features, columns the keys'.
+    template <class Errors, class Keys, int Count>
+    DEVICE void multiply_gradient(Accumulator<Count>& sums, const Errors& errors, const Keys& keys,
+                                  int row, int column) const {
+#pragma unroll
+        for (int n = 0; n < Tokens / 16; n++) {
+            Block<E> block;
+            Left<E> left;
+            errors.load_features(block, row, n * 16);
+            make_left(left, block);
+            keys.multiply_tokens(sums, left, n * 16, column);
+        }
+    }
+    template <class Outputs, class Queries, class AnchorProducts>
+    DEVICE void layer_gradient(const Segment& at, int layer, const NetworkState& from,
+                               const NetworkState& d_state, const LayerMatrices& d_anchor,
+                               const Outputs& d_out, const Queries& queries,
+                               float (&products)[kProducts],
+                               const AnchorProducts& anchor_products) const {
+        const StateMatrix& w = from.weights.layer[layer];
+        Tiles::template for_pieces<32>(w.rows, w.columns, [&](int row, int column, auto width) {
+            piece_gradient<decltype(width)::value>(at, layer, row, column, from, d_state, d_anchor,
+                                                   d_out, queries, products, anchor_products);
+        });
+    }
+    template <int Columns, class Outputs, class Queries, class AnchorProducts>
+    DEVICE void piece_gradient(const Segment& at, int layer, int row, int column,
+                               const NetworkState& from, const NetworkState& d_state,
+                               const LayerMatrices& d_anchor, const Outputs& d_out,
+                               const Queries& queries, float (&products)[kProducts],
+                               const AnchorProducts& anchor_products) const {
+        const Vectors<Tokens>& vectors = *shared_.vectors;
+        Accumulator<Columns / 8> to_w = {}, to_s = {}, to_anchor = {};
+        if (reads_anchor_) multiply_gradient(to_anchor, d_out, queries, row, column);
+#pragma unroll
+        for (int n = 0; n < Tokens / 16; n++) {
+            if (reads_anchor_) continue;
+            Block<E> block, scaled;
+            Left<E> left;
+            d_out.load_features(block, row, n * 16);
+            scale_columns<E>(scaled, block, vectors.read_b + n * 16);
+            make_left(left, scaled);
+            queries.multiply_tokens(to_w, left, n * 16, column);
+            if (!p_.momentum.data) continue;
+            scale_columns<E>(scaled, block, vectors.read_c + n * 16);
+            make_left(left, scaled);
+            queries.multiply_tokens(to_s, left, n * 16, column);
+        }
+        anchor_products(to_anchor, row, column);
+        const StateMatrix &d_w = d_state.weights.layer[layer], &d_s = d_state.momenta.layer[layer],
+                          &d_a = d_anchor.layer[layer], &w = from.weights.layer[layer],
+                          &s = from.momenta.layer[layer];
+        const int lane = thread_ % 32;
+#pragma unroll
+        for (int tile = 0; tile < Columns / 8; tile++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int r = row + lane / 4 + i / 2 * 8,
+                          c = column + tile * 8 + lane % 4 * 2 + i % 2;
+                float &of_w = *d_w.at(r, c), pending = to_anchor[tile][i];
+                const float after_w = of_w, old_w = *w.at(r, c);
+                if (d_a.data) {
+                    float& of_anchor = *d_a.at(r, c);
+                    pending += of_anchor;
+                    of_anchor = at.new_chunk ? 0 : pending;
+                    if (!at.new_chunk) pending = 0;
+                }
+                of_w = vectors.b * after_w + to_w[tile][i] + pending;
+                products[kWeightsWeights] += after_w * old_w;
+                if (!d_s.data) continue;
+                float& of_s = *d_s.at(r, c);
+                const float after_s = of_s, old_s = *s.at(r, c);
+                of_s = vectors.c * after_w + vectors.m * after_s + to_s[tile][i];
+                products[kWeightsMomenta] += after_w * old_s;
+                products[kMomentaMomenta] += after_s * old_s;
+            }
+    }
+
+    const Layout& all_;
+    const int thread_;
+};
+
+}  // namespace hope
