@@ -1,8 +1,7 @@
 """The deep Titans memory: the bare operator against its definition, our layer against
 titans-pytorch's with its own default memory, an MLP of two layers.
 
-B batch, T tokens, H heads, D head size, F hidden size, C chunk size. On the CPU only: deep memories
-have no CUDA kernels yet.
+B batch, T tokens, H heads, D head size, F hidden size, C chunk size.
 """
 
 from __future__ import annotations
@@ -12,7 +11,17 @@ from typing import Any
 import torch
 
 from benchmarks import peers, titans
-from benchmarks.subjects import FORWARD, TRAINING, Contest, Operator, Row, Setting, Subject, Work
+from benchmarks.subjects import (
+    BACKWARD,
+    FORWARD,
+    TRAINING,
+    Contest,
+    Operator,
+    Row,
+    Setting,
+    Subject,
+    Work,
+)
 from hope_ext import testing
 
 REFERENCE_TOKENS = 64
@@ -43,12 +52,30 @@ def check_arguments(setting: Setting) -> dict[str, Any]:
 
 def operator_work(setting: Setting) -> dict[str, Work]:
     """22 D F + 4 C (D + F) floating-point operations per token and head forward, and 3.5 times that
-    for both passes, whatever is computed again or skipped."""
-    shape = setting.shape
-    dim, hidden = shape["D"], shape["F"]
-    each = 22 * dim * hidden + 4 * shape["C"] * (dim + hidden)
-    forward = each * shape["B"] * shape["T"] * shape["H"]
-    return {FORWARD: Work(forward), TRAINING: Work(7 * forward // 2)}
+    for both passes, whatever is computed again or skipped; bytes as for a linear memory."""
+    dim, hidden, chunk = (setting.shape[letter] for letter in "DFC")
+    forward = (22 * dim * hidden + 4 * chunk * (dim + hidden)) * _rows(setting)
+    moved = titans.operator_work(setting)
+    return {
+        FORWARD: Work(forward, moved[FORWARD].bytes),
+        TRAINING: Work(7 * forward // 2, moved[TRAINING].bytes),
+    }
+
+
+def bounds(setting: Setting) -> dict[str, Work]:
+    """The work of the design with checkpoints: its backward computes the states once more, 14 D F
+    flops per token and head."""
+    forward, both = (operator_work(setting)[direction] for direction in (FORWARD, TRAINING))
+    again = 14 * setting.shape["D"] * setting.shape["F"] * _rows(setting)
+    moved = titans.bounds(setting)
+    return {
+        FORWARD: forward,
+        BACKWARD: Work(both.flops - forward.flops + again, moved[BACKWARD].bytes),
+    }
+
+
+def _rows(setting: Setting) -> int:
+    return setting.shape["B"] * setting.shape["T"] * setting.shape["H"]
 
 
 def bare(setting: Setting) -> Subject:
@@ -90,30 +117,37 @@ def titans_pytorch_layer(setting: Setting) -> Subject:
     return titans.layer(setting, module, operator_work(setting))
 
 
+CONTESTS = (
+    Contest(
+        "operator",
+        (Row("reference", bare_reference, at=fewer_tokens), Row("ours", bare)),
+        "ours",
+    ),
+    Contest(
+        "layer",
+        (
+            Row("titans-pytorch", titans_pytorch_layer, peer="titans-pytorch"),
+            Row("ours", our_layer),
+        ),
+        "titans-pytorch",
+    ),
+)
+
 BENCHMARK = Operator(
     stem="titans",
     variant="deep",
     letters="BTHDFC",
-    shapes={"cpu": ((2, 1024, 4, 64, 256, 64),)},
-    contests={
-        "cpu": (
-            Contest(
-                "operator",
-                (Row("reference", bare_reference, at=fewer_tokens), Row("ours", bare)),
-                "ours",
-            ),
-            Contest(
-                "layer",
-                (
-                    Row("titans-pytorch", titans_pytorch_layer, peer="titans-pytorch"),
-                    Row("ours", our_layer),
-                ),
-                "titans-pytorch",
-            ),
+    shapes={
+        "cpu": ((2, 1024, 4, 64, 256, 64),),
+        "cuda": (
+            (8, 4096, 16, 64, 64, 64),
+            (8, 4096, 16, 64, 256, 64),
+            (4, 8192, 8, 128, 128, 64),
         ),
     },
+    contests={"cpu": CONTESTS, "cuda": CONTESTS},
     run=titans.run,
     check_arguments=check_arguments,
     quick=lambda shape: {**shape, "B": 1, "T": min(shape["T"], 2 * shape["C"])},
-    roofs={"cpu": ("flops",)},
+    bounds=bounds,
 )

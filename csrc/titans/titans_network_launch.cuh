@@ -77,7 +77,7 @@ bool for_network(const TitansParams& p, const Body& body) {
         constexpr bool kNarrow = sizeof(typename decltype(element)::type) == 2;
         if constexpr (kNarrow)
             if (attempt(element, width, Constant<32>(), layers)) return true;
-        if constexpr (kNarrow && decltype(layers)::value == 1)
+        if constexpr (kNarrow && decltype(layers)::value == 1 && decltype(width)::value <= 64)
             return false;  // 32 tokens fit every device
         else
             return attempt(element, width, Constant<16>(), layers);

@@ -51,7 +51,7 @@ _WINDOW = _TINY.train.sequence // 4
 
 
 def _titans(name: str, dim: int, layers: int, lr: float, tokens: int, batch: int) -> RunConfig:
-    # Linear memories: these sizes are for GPUs, where deep ones have no kernels yet.
+    # Linear memories: the cheapest ones, on which these sizes can be trained first.
     mixer = TitansConfig(heads=dim // 64, head_dim=64, chunk_size=64)
     train = TrainConfig(
         tokens=tokens,

@@ -94,8 +94,8 @@ def instances() -> Iterator[Instance]:
 
 
 def _networks(dtype: torch.dtype) -> Iterator[Instance]:
-    """Memories of two layers, or with a norm: devices on which segments have 32 tokens, or 16, and on
-    which states, or tiles, lie in scratch memory.
+    """Memories of two layers, or with a norm: on devices where segments have 32 tokens, or 16, and
+    where states, or tiles, lie in scratch memory.
     """
     one = {"batch": 1, "heads": 2}
     # Two segments in a chunk, or three; the second sequence goes on inside one.
