@@ -237,3 +237,49 @@ def test_nonsense_in_cu_seqlens_touches_no_other_memory(emulator):
     made = library.make(available("address"))
     run = python("address", "-c", NONSENSE, made)
     assert run.stdout.endswith("all done\n"), run.stdout
+
+
+# ---- memories of two layers, or with a norm ------------------------------------------------------
+
+HEADS_AND_HIDDEN = [(dim, ratio * dim) for dim in (16, 32, 64, 128) for ratio in (1, 2, 4)]
+DEVICES_BY_ROOM = {"8.0": 163 << 10, "8.6": 99 << 10, "9.0": 227 << 10}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES_BY_ROOM)
+def test_hidden_sizes_that_run(emulated, monkeypatch, device, dtype):
+    """All of docs/ops/titans.md; what does not, says what would."""
+    monkeypatch.setenv("EMULATOR_SHARED_BYTES", str(DEVICES_BY_ROOM[device]))
+    for dim, hidden in HEADS_AND_HIDDEN:
+        sizes = {"batch": 1, "heads": 1, "tokens": 2, "key": dim, "value": dim, "hidden": hidden}
+        arguments = titans_inputs(dtype, "cpu", **sizes)
+        arguments["q"].requires_grad_()
+        with hope_ext.testing.backend("emulated"):
+            out = hope_ext.titans_memory(**arguments)
+            if (device, dim, hidden, dtype) == ("8.6", 128, 512, torch.bfloat16):
+                message = r"a hidden size of 512 needs more shared memory .* expected at most \d+"
+                with pytest.raises(ValueError, match=message):
+                    out.sum().backward()
+            else:
+                out.sum().backward()
+
+
+def test_the_hidden_size_is_a_multiple_of_16(emulated):
+    arguments = titans_inputs(torch.float32, "cpu", hidden=24)
+    with hope_ext.testing.backend("emulated"), pytest.raises(
+        ValueError, match="hidden size that is a multiple of 16 on CUDA, got 24"
+    ):
+        hope_ext.titans_memory(**arguments)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("deep-carried", "norm")], ids=str)
+def test_no_schedule_shows_in_the_bits_of_a_network(emulated, monkeypatch, case):
+    arguments = case.make(torch.bfloat16, "cpu")
+    expected = evaluate(case, arguments, "emulated")
+    for settings in ({"EMULATOR_SEED": "0"}, {"EMULATOR_SEED": "7"}, {"EMULATOR_THREADS": "2"}):
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            results = evaluate(case, arguments, "emulated")
+        for (name, a), (_, b) in zip(results, expected, strict=True):
+            assert torch.equal(a, b), f"{settings}: {name}"
