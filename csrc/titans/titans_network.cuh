@@ -113,6 +113,32 @@ struct NetworkTiles {
     }
 };
 
+// Hands out shared memory; where that does not suffice, what is of float comes from scratch memory:
+// floats are read without ldmatrix, from anywhere. scratch: null if it suffices.
+class TileCarver {
+ public:
+    __host__ __device__ TileCarver(SharedCarver& shared, float* scratch)
+        : shared_(shared), scratch_(scratch) {}
+
+    template <class T>
+    __host__ __device__ T* take(int64_t count) {
+        if constexpr (std::is_same_v<T, float>)
+            if (scratch_) {
+                float* const piece = scratch_;
+                scratch_ += count;
+                return piece;
+            }
+        return shared_.take<T>(count);
+    }
+    __host__ __device__ SharedCarver& shared() const { return shared_; }
+    // Scratch memory that is left.
+    __host__ __device__ float* rest() const { return scratch_; }
+
+ private:
+    SharedCarver& shared_;
+    float* scratch_;
+};
+
 // ---- states ------------------------------------------------------------------------------------
 
 // W^T of a layer, or S^T: [rows][columns] of [out][in].

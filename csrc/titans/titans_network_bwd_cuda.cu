@@ -27,8 +27,6 @@ int64_t states_of_block(const TitansParams& p) {
     return chunks_of_group(p) + Sequence<Tokens>::segments_of_chunk(p) - 1;
 }
 
-constexpr int kHiddenTiles = 5;
-
 template <class E, int D, int Tokens, int Layers>
 class BackwardWalk {
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
@@ -243,11 +241,9 @@ __global__ void __launch_bounds__(kNetworkThreads, 1)
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());
     float* scratch = memory.of_block();
-    E* const hidden = memory.spills ? reinterpret_cast<E*>(scratch) : nullptr;
-    if (hidden) scratch += kHiddenTiles * Layout::Forward::hidden_elements(p);
-    float* const parked = scratch;
-    scratch += Layout::parked_floats(p);
-    const Layout shared(carver, p, hidden, parked);
+    TileCarver tiles(carver, memory.spills ? scratch + Layout::parked_floats(p) : nullptr);
+    const Layout shared(tiles, p, scratch);
+    scratch = memory.spills ? tiles.rest() : scratch + Layout::parked_floats(p);
     StateCarver states(carver, scratch, memory.resident);
     const Sequence<Tokens> in(p, static_cast<int>(blockIdx.x / p.heads),
                               static_cast<int>(blockIdx.x % p.heads));
@@ -260,13 +256,7 @@ struct NetworkBackward {
 
     static NetworkDemand demand(const TitansParams& p) {
         using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
-        NetworkDemand demand{};
-        SharedCarver all(nullptr), rest(nullptr);
-        Layout(all, p, nullptr, nullptr);
-        Layout(rest, p, reinterpret_cast<E*>(sizeof(E)), nullptr);
-        demand.tiles = all.used(), demand.spilled_tiles = rest.used();
-        if (sizeof(E) == 4)
-            demand.hidden_floats = kHiddenTiles * Layout::Forward::hidden_elements(p);
+        NetworkDemand demand = tiles_demand([&](TileCarver& tiles) { Layout(tiles, p, nullptr); });
         demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
         demand.more_floats = Layout::parked_floats(p) + (p.position ? floats_of_network(p) : 0) +
                              states_of_block<Tokens>(p) * floats_of_state(p);

@@ -21,8 +21,9 @@ __global__ void __launch_bounds__(kNetworkThreads, 1)
     using Walk = NetworkSegment<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());
     float* scratch = memory.of_block();
-    const Layout shared(carver, p, false, memory.spills ? reinterpret_cast<E*>(scratch) : nullptr);
-    if (memory.spills) scratch += 2 * Layout::hidden_elements(p);
+    TileCarver tiles(carver, memory.spills ? scratch : nullptr);
+    const Layout shared(tiles, p, false);
+    if (memory.spills) scratch = tiles.rest();
     StateCarver states(carver, scratch, memory.resident);
     const Sequence<Tokens> in(p, static_cast<int>(blockIdx.x / p.heads),
                               static_cast<int>(blockIdx.x % p.heads));
@@ -104,12 +105,8 @@ struct NetworkForward {
     static constexpr auto kernel = titans_network_fwd_kernel<E, D, Tokens, Layers>;
 
     static NetworkDemand demand(const TitansParams& p) {
-        using Layout = NetworkLayout<E, D, Tokens, Layers>;
-        NetworkDemand demand{};
-        SharedCarver all(nullptr), rest(nullptr);
-        Layout(all, p, false, nullptr), Layout(rest, p, false, reinterpret_cast<E*>(sizeof(E)));
-        demand.tiles = all.used(), demand.spilled_tiles = rest.used();
-        if (sizeof(E) == 4) demand.hidden_floats = 2 * Layout::hidden_elements(p);
+        NetworkDemand demand = tiles_demand(
+            [&](TileCarver& tiles) { NetworkLayout<E, D, Tokens, Layers>(tiles, p, false); });
         demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
         return demand;
     }

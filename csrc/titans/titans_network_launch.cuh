@@ -7,7 +7,7 @@
 namespace hope {
 
 // Where a block keeps what does not fit its shared memory: `floats` of scratch memory for each
-// block, first the hidden tiles if `spills`, then the state matrices after the first `resident`.
+// block, first the tiles of float if `spills`, then the state matrices after the first `resident`.
 struct NetworkMemory {
     float* scratch;
     int64_t floats;
@@ -20,11 +20,21 @@ struct NetworkMemory {
 // A kernel's demand of shared memory in bytes and of state matrices, in the order in which they are
 // wanted there: groups of all layers' matrices.
 struct NetworkDemand {
-    size_t tiles, spilled_tiles;  // without the hidden tiles
-    int64_t hidden_floats;        // of all hidden tiles, if they may lie elsewhere; else 0
+    size_t tiles, spilled_tiles;  // the latter without what may lie in scratch memory
+    int64_t spilled_floats;       // which is that much
     int groups;
     int64_t more_floats;  // of scratch memory, after all that
 };
+
+// layout(tiles) makes a kernel's layout.
+template <class MakeLayout>
+NetworkDemand tiles_demand(const MakeLayout& layout) {
+    SharedCarver all(nullptr), rest(nullptr);
+    float* const scratch = reinterpret_cast<float*>(sizeof(float) * 4);  // any but null
+    TileCarver in_shared(all, nullptr), spilled(rest, scratch);
+    layout(in_shared), layout(spilled);
+    return {all.used(), rest.used(), spilled.rest() - scratch, 0, 0};
+}
 
 struct NetworkPlan {
     bool fits;
@@ -35,10 +45,10 @@ struct NetworkPlan {
 inline NetworkPlan network_plan(const TitansParams& p, const NetworkDemand& demand) {
     const size_t room = shared_bytes_of_a_block();
     NetworkPlan plan{};
-    plan.memory.spills = demand.tiles > room && demand.hidden_floats > 0;
+    plan.memory.spills = demand.tiles > room;
     plan.shared_bytes = plan.memory.spills ? demand.spilled_tiles : demand.tiles;
     plan.fits = plan.shared_bytes <= room;
-    if (plan.memory.spills) plan.memory.floats = demand.hidden_floats;
+    if (plan.memory.spills) plan.memory.floats = demand.spilled_floats;
     const int layers = network_layers(p);
     bool fitting = true;
     for (int i = 0; i < demand.groups * layers; i++) {

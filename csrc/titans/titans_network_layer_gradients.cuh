@@ -27,18 +27,23 @@ struct NetworkGradientsLayout {
     __host__ __device__ static int64_t parked_floats(const TitansParams& p) {
         return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
     }
-    __host__ __device__ NetworkGradientsLayout(SharedCarver& carver, const TitansParams& p,
-                                               E* hidden, float* parked_at)
+    __host__ __device__ NetworkGradientsLayout(TileCarver& tiles, const TitansParams& p,
+                                               float* parked_at)
+        : NetworkGradientsLayout(tiles.shared(), tiles, p, parked_at) {}
+
+ private:
+    __host__ __device__ NetworkGradientsLayout(SharedCarver& carver, TileCarver& tiles,
+                                               const TitansParams& p, float* parked_at)
         : gates(carver),
           // Row t of its A is what token t reads.
-          forward(carver, p, true, hidden,
+          forward(tiles, p, true,
                   gates.a + (p.read == TitansRead::before ? 0 : Gates::kScoreStride)),
           d_o{carver.take<E>(Tokens * (D + kRowPadding))},
           d_y{carver.take<E>(Tokens * (D + kRowPadding))},
           scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
           d_first{carver.take<E>(Tokens * Tiles::kScoreStride)},
           d_last{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          results(carver.take<float>(Tokens * Tiles::kSumStride)),
+          results(tiles.template take<float>(Tokens * Tiles::kSumStride)),
           d_norm_weight(carver.take<float>(D)),
           d_norm_bias(carver.take<float>(D)),
           parked{parked_at} {}

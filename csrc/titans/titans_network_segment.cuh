@@ -33,11 +33,22 @@ struct NetworkLayout {
     __host__ __device__ static int64_t hidden_elements(const TitansParams& p) {
         return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
     }
-    // keeps: with all hidden tiles, for the backward; else HQ takes the place of Z. They lie at
-    // `hidden` if that is not null: floats are read without ldmatrix, from anywhere. A lies at
+    // keeps: with all hidden tiles, for the backward; else HQ takes the place of Z. A lies at
     // `given_a` if that is not null.
-    __host__ __device__ NetworkLayout(SharedCarver& carver, const TitansParams& p, bool keeps,
-                                      E* hidden, float* given_a = nullptr)
+    __host__ __device__ NetworkLayout(TileCarver& tiles, const TitansParams& p, bool keeps,
+                                      float* given_a = nullptr)
+        : NetworkLayout(tiles.shared(), tiles, given_a) {
+        if (Layers == 1) return;
+        const int64_t size = hidden_elements(p);
+        z.data = tiles.template take<E>(size), h.data = tiles.template take<E>(size);
+        hq = z;
+        if (!keeps) return;
+        hq.data = tiles.template take<E>(size);
+        g.data = tiles.template take<E>(size), zq.data = tiles.template take<E>(size);
+    }
+
+ private:
+    __host__ __device__ NetworkLayout(SharedCarver& carver, TileCarver& tiles, float* given_a)
         : k{carver.take<E>(Tokens * (D + kRowPadding))},
           q{carver.take<E>(Tokens * (D + kRowPadding))},
           e{carver.take<E>(Tokens * (D + kRowPadding))},
@@ -47,22 +58,10 @@ struct NetworkLayout {
           g{},
           zq{},
           scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          sums(carver.take<float>(Tokens * Tiles::kSumStride)),
+          sums(tiles.template take<float>(Tokens * Tiles::kSumStride)),
           a(given_a ? given_a : carver.take<float>(Tokens * Tiles::kScoreStride)),
           vectors(carver.take<Vectors<Tokens>>(1)),
-          gates(carver.take<float2>(Tokens)) {
-        if (Layers == 1) return;
-        const int64_t size = hidden_elements(p);
-        const auto take = [&] {
-            if (!hidden) return carver.take<E>(size);
-            E* const piece = hidden;
-            hidden += size;
-            return piece;
-        };
-        z.data = take(), h.data = take();
-        hq = z;
-        if (keeps) hq.data = take(), g.data = take(), zq.data = take();
-    }
+          gates(carver.take<float2>(Tokens)) {}
 };
 
 // The mean and the inverse standard deviation of a row.
