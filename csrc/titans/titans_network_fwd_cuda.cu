@@ -115,11 +115,16 @@ struct NetworkForward {
 }  // namespace
 
 int64_t titans_network_fwd_cuda_scratch(const TitansParams& params) {
-    return network_scratch<NetworkForward>(params);
+    return for_element(params.element, [&](auto element) {
+        return NetworkKernels<typename decltype(element)::type, NetworkForward>::scratch(params);
+    });
 }
 
 void titans_network_fwd_cuda(const TitansParams& params, void* scratch, void* stream) {
-    launch_network<NetworkForward>(params, scratch, stream);
+    for_element(params.element, [&](auto element) {
+        NetworkKernels<typename decltype(element)::type, NetworkForward>::run(params, scratch,
+                                                                              stream);
+    });
 }
 
 }  // namespace hope

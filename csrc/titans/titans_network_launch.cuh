@@ -74,65 +74,67 @@ __host__ __device__ bool keeps_anchor(const TitansParams& p) {
 // body(plan, kernel) for the instance of a kernel that the params want: tiles with room for D
 // columns, segments of as many tokens as fit the device. Kernel<E, D, Tokens, Layers> has
 // demand(params) and the kernel itself. Returns false if no segment fits.
-template <template <class E, int D, int Tokens, int Layers> class Kernel, class Body>
+template <class E, template <class, int D, int Tokens, int Layers> class Kernel, class Body>
 bool for_network(const TitansParams& p, const Body& body) {
-    const auto attempt = [&](auto element, auto width, auto tokens, auto layers) {
-        using Instance = Kernel<typename decltype(element)::type, decltype(width)::value,
-                                decltype(tokens)::value, decltype(layers)::value>;
+    const auto attempt = [&](auto width, auto tokens, auto layers) {
+        using Instance =
+            Kernel<E, decltype(width)::value, decltype(tokens)::value, decltype(layers)::value>;
         const NetworkPlan plan = network_plan(p, Instance::demand(p));
         if (plan.fits) body(plan, Instance::kernel);
         return plan.fits;
     };
-    const auto for_tokens = [&](auto element, auto width, auto layers) {
-        constexpr bool kNarrow = sizeof(typename decltype(element)::type) == 2;
-        if constexpr (kNarrow)
-            if (attempt(element, width, Constant<32>(), layers)) return true;
-        if constexpr (kNarrow && decltype(layers)::value == 1 && decltype(width)::value <= 64)
+    const auto for_tokens = [&](auto width, auto layers) {
+        if constexpr (sizeof(E) == 2)
+            if (attempt(width, Constant<32>(), layers)) return true;
+        if constexpr (sizeof(E) == 2 && decltype(layers)::value == 1 &&
+                      decltype(width)::value <= 64)
             return false;  // 32 tokens fit every device
         else
-            return attempt(element, width, Constant<16>(), layers);
+            return attempt(width, Constant<16>(), layers);
     };
-    const auto for_depth = [&](auto element, auto width) {
-        return p.hidden_dim ? for_tokens(element, width, Constant<2>())
-                            : for_tokens(element, width, Constant<1>());
+    const auto for_depth = [&](auto width) {
+        return p.hidden_dim ? for_tokens(width, Constant<2>()) : for_tokens(width, Constant<1>());
     };
-    const auto for_width = [&](auto element) {
-        const int64_t widest = p.key_dim > p.value_dim ? p.key_dim : p.value_dim;
-        return widest <= 64 ? for_depth(element, Constant<64>())
-                            : for_depth(element, Constant<128>());
-    };
-    switch (p.element) {
+    const int64_t widest = p.key_dim > p.value_dim ? p.key_dim : p.value_dim;
+    return widest <= 64 ? for_depth(Constant<64>()) : for_depth(Constant<128>());
+}
+
+// A kernel's instances of one dtype: a block for each (sequence, head).
+template <class E, template <class, int, int, int> class Kernel>
+struct NetworkKernels {
+    // Bytes of scratch memory, -1 if no segment fits.
+    static int64_t scratch(const TitansParams& p) {
+        int64_t floats = 0;
+        const bool fits = for_network<E, Kernel>(
+            p, [&](const NetworkPlan& plan, auto) { floats = plan.memory.floats; });
+        return fits ? p.sequences * p.heads * floats * static_cast<int64_t>(sizeof(float)) : -1;
+    }
+    static void run(const TitansParams& p, void* scratch, void* stream) {
+        const int64_t blocks = p.sequences * p.heads;
+        if (blocks == 0) return;
+        for_network<E, Kernel>(p, [&](const NetworkPlan& plan, auto kernel) {
+            NetworkMemory memory = plan.memory;
+            memory.scratch = static_cast<float*>(scratch);
+            launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kNetworkThreads),
+                   plan.shared_bytes, static_cast<cudaStream_t>(stream), p, memory);
+        });
+    }
+};
+
+// body(Type<E>) for the params' dtype.
+template <class Body>
+auto for_element(Element element, const Body& body) {
+    switch (element) {
         case Element::float32:
-            return for_width(Type<float>());
+            return body(Type<float>());
         case Element::bfloat16:
-            return for_width(Type<bf16>());
+            return body(Type<bf16>());
         case Element::float16:
-            return for_width(Type<fp16>());
+            return body(Type<fp16>());
         case Element::float64:
             break;
     }
     throw std::invalid_argument("titans_network: no CUDA kernel for float64");
-}
-
-// Bytes of scratch memory, -1 if no segment fits; and the launch: a block for each (sequence,
-// head).
-template <template <class, int, int, int> class Kernel>
-int64_t network_scratch(const TitansParams& p) {
-    int64_t floats = 0;
-    const bool fits =
-        for_network<Kernel>(p, [&](const NetworkPlan& plan, auto) { floats = plan.memory.floats; });
-    return fits ? p.sequences * p.heads * floats * static_cast<int64_t>(sizeof(float)) : -1;
-}
-template <template <class, int, int, int> class Kernel>
-void launch_network(const TitansParams& p, void* scratch, void* stream) {
-    const int64_t blocks = p.sequences * p.heads;
-    if (blocks == 0) return;
-    for_network<Kernel>(p, [&](const NetworkPlan& plan, auto kernel) {
-        NetworkMemory memory = plan.memory;
-        memory.scratch = static_cast<float*>(scratch);
-        launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kNetworkThreads),
-               plan.shared_bytes, static_cast<cudaStream_t>(stream), p, memory);
-    });
 }
 
 }  // namespace hope

@@ -258,18 +258,9 @@ void run(const TitansParams& p, cudaStream_t stream) {
 
 void titans_network_step_cuda(const TitansParams& params, void* stream) {
     if (params.sequences * params.heads == 0) return;
-    const auto to = static_cast<cudaStream_t>(stream);
-    switch (params.element) {
-        case Element::float32:
-            return run<float>(params, to);
-        case Element::bfloat16:
-            return run<bf16>(params, to);
-        case Element::float16:
-            return run<fp16>(params, to);
-        case Element::float64:
-            break;
-    }
-    throw std::invalid_argument("titans_network: no CUDA kernel for float64");
+    for_element(params.element, [&](auto element) {
+        run<typename decltype(element)::type>(params, static_cast<cudaStream_t>(stream));
+    });
 }
 
 }  // namespace hope
