@@ -5,16 +5,18 @@
 #include <cstdint>
 
 #include "common/element.h"
+#include "common/memory.h"
 
 namespace hope {
 
-enum class TitansObjective { l2, dot };
-enum class TitansRead { after, before, chunk };
-enum class TitansActivation { gelu, silu };
+using TitansObjective = Objective;
+using TitansRead = Read;
+using TitansActivation = Activation;
 
 // A memory has one layer, [K, V], or two, [K, F] and [F, V]. Absent tensors have null data. Gates,
 // states, norms and their gradients are float32 (float64 if element is).
 struct TitansParams {
+    static constexpr bool kMomenta = true;
     Element element;  // of q, k, v, o and their gradients
     int64_t sequences, tokens, heads, key_dim, value_dim;
     int64_t hidden_dim;  // F; 0: one layer
