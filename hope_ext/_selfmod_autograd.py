@@ -48,19 +48,17 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(operator, ctx, d_o, d_weights, d_anchor, _):
-    x, q, *biases, position, cu_seqlens, checkpoints = ctx.saved_tensors[:7]
-    matrices = ctx.saved_tensors[7:]
-    weights, anchor = list(matrices[: ctx.matrices]), list(matrices[ctx.matrices :])
+    x, q, lr_bias, retention_bias, position, cu_seqlens, checkpoints, *saved = ctx.saved_tensors
+    weights, anchor = saved[: ctx.matrices], saved[ctx.matrices :]
     nothing = (None,) * OPTIONS
-    no_matrices = [None] * len(weights), [None] * len(anchor)
     if all(g is None for g in (d_o, *d_weights, *d_anchor)):
-        return None, None, no_matrices[0], None, None, no_matrices[1], None, None, *nothing
-    tensors = (x, q, weights, *biases, anchor, position, cu_seqlens, checkpoints)
+        of_weights, of_anchor = [None] * len(weights), [None] * len(anchor)
+        return None, None, of_weights, None, None, of_anchor, None, None, *nothing
+    tensors = (x, q, weights, lr_bias, retention_bias, anchor, position, cu_seqlens, checkpoints)
     *d_rows, d_start, d_lr_bias, d_retention_bias, d_first_anchor = operator(
         d_o, _of_all(d_weights, weights), _of_all(d_anchor, weights), *tensors, *ctx.options
     )
-    d_biases = (d_lr_bias, d_retention_bias)
-    return *d_rows, d_start, *d_biases, d_first_anchor, None, None, *nothing
+    return *d_rows, d_start, d_lr_bias, d_retention_bias, d_first_anchor, None, None, *nothing
 
 
 def _of_all(gradients, matrices):

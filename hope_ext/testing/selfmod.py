@@ -53,7 +53,7 @@ def selfmod_inputs(
         # input that is added to it.
         scales = [1.0] if hidden is None else [1.0, 0.3 if columns == dim else 2.0]
         return tuple(
-            normal(*leading, *size, scale=scale * size[0] ** -0.5).to(device, wide)
+            normal(*leading, *size, scale=scale * max(size[0], 1) ** -0.5).to(device, wide)
             for size, scale in zip(sizes, scales, strict=True)
         )
 
