@@ -129,8 +129,7 @@ Inputs gather(const Tensor& x, const Tensor& q, at::TensorList weights, const Te
 
 std::vector<int64_t> checkpoint_sizes(const SelfmodParams& p, int64_t batch) {
     const int64_t span = p.chunk_size * p.checkpoint_every;
-    return {selfmod_checkpoint_slots(batch * p.tokens, p.sequences, span), p.heads,
-            selfmod_state_size(p)};
+    return {checkpoint_slots(batch * p.tokens, p.sequences, span), p.heads, selfmod_state_size(p)};
 }
 
 using Forward = std::tuple<Tensor, Matrices, Matrices, Tensor>;

@@ -68,11 +68,6 @@ inline int64_t selfmod_state_size(const SelfmodParams& p) {
     return size;
 }
 
-// Checkpoints lie as titans.h says: at the start of every checkpoint_every-th chunk of a sequence.
-inline int64_t selfmod_checkpoint_slots(int64_t all_tokens, int64_t sequences, int64_t span) {
-    return all_tokens / span + sequences;
-}
-
 void selfmod_fwd_cpu(const SelfmodParams& params, const ParallelFor& parallel_for);
 void selfmod_bwd_cpu(const SelfmodParams& params, const ParallelFor& parallel_for);
 

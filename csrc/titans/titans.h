@@ -61,14 +61,6 @@ inline int64_t titans_state_size(const TitansParams& p) {
     return size * (p.has_momentum ? 2 : 1);
 }
 
-// Checkpoints are taken at the start of every checkpoint_every-th chunk of a sequence, its first
-// chunk excepted (that state is the input). Sequence n with its first token at `start` of the whole
-// batch keeps them from slot start / span + n on, span = chunk_size * checkpoint_every: room for
-// all, whatever the lengths and positions are.
-inline int64_t titans_checkpoint_slots(int64_t all_tokens, int64_t sequences, int64_t span) {
-    return all_tokens / span + sequences;
-}
-
 void titans_fwd_cpu(const TitansParams& params, const ParallelFor& parallel_for);
 void titans_bwd_cpu(const TitansParams& params, const ParallelFor& parallel_for);
 
