@@ -107,11 +107,13 @@ def test_it_is_the_rule_of_the_paper(kind, objective):
             for w, gradient in zip(memory[1:], second, strict=True):
                 learned[name].append(alpha * w - eta * gradient)
         memories = learned
-    out, state = run(a, return_state=True)
-    close(out[0, :, 0], torch.cat(outputs))
-    for name, memory in matrices(state.weights).items():
-        for ours, w in zip(memory, memories[name], strict=True):
-            close(ours[0, 0], w)
+    for backend in ("reference", "cpu"):
+        with testing.backend(backend):
+            out, state = run(a, return_state=True)
+        close(out[0, :, 0], torch.cat(outputs))
+        for name, memory in matrices(state.weights).items():
+            for ours, w in zip(memory, memories[name], strict=True):
+                close(ours[0, 0], w)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tiny or c.name in LONG], ids=str)
