@@ -160,12 +160,12 @@ struct SelfmodTask : Walk<T, SelfmodParams> {
         const int64_t n = segment.rows;
         Layer<T>&first = m.layer[0], &top = m.last();
         const bool l2 = p.objective == Objective::l2;
-        m.transpose_anchor();
         m.look(n, v, of_v);
         m.look(n, k, of_k, l2);
         for (int64_t i = 0; i < n * top.lo; i++)
             top.errors[i] = l2 ? of_k.y[i] - of_v.y[i] : -of_v.y[i];
         if (m.layers == 2) {
+            m.transpose_last();
             multiply(n, top.in, top.out, plain<T>(top.errors, top.lo), m.last_t, top.li, u, top.li,
                      one<T>(), false);
             for (int64_t i = 0; i < n * top.li; i++) first.errors[i] = u[i] * of_k.slope[i];
@@ -308,6 +308,7 @@ struct SelfmodTask : Walk<T, SelfmodParams> {
             if (l2) m.add(n * top.lo, d_e, d_kw);
             d_y = d_kw;
         }
+        m.transpose_first();
         m.look_back(n, k, of_k, d_y, true, d_k);
         for (int64_t i = 0; i < n * top.lo; i++) of_v.y[i] = -d_e[i];
         m.look_back(n, v, of_v, of_v.y, false, d_v);
@@ -358,7 +359,7 @@ struct SelfmodTask : Walk<T, SelfmodParams> {
         }
         for (int m = 0; m < kGenerating; m++) {
             const T* const d_y = m == kKeys ? d_k : m == kValues ? d_v : of_x[m].y;
-            memory[m].transpose_anchor();
+            memory[m].transpose_first(), memory[m].transpose_last();
             memory[m].look_back(n, x, of_x[m], d_y, false, d_x);
         }
     }

@@ -23,11 +23,10 @@ struct SelfmodMemory {
     Layer<T>& last() { return layer[layers - 1]; }
     const Layer<T>& last() const { return layer[layers - 1]; }
 
-    void transpose_anchor() {
-        for (int i = 0; i < layers; i++) {
-            const Layer<T>& l = layer[i];
-            transpose(l.in, l.out, l.anchor, l.lo, i ? last_t : first_t, l.li);
-        }
+    void transpose_first() { transpose_anchor(layer[0], first_t); }
+    void transpose_last() { transpose_anchor(last(), last_t); }
+    static void transpose_anchor(const Layer<T>& l, T* to) {
+        transpose(l.in, l.out, l.anchor, l.lo, to, l.li);
     }
 
     void look(int64_t n, const T* x, const Look<T>& at, bool wants_y = true) const {
@@ -42,8 +41,8 @@ struct SelfmodMemory {
         if (residual) add(n * first.li, x, at.y);
     }
 
-    // From the gradient of y (null: zero) to d_x and the anchor's gradient, adding to both, and to
-    // what d_h and d_z hold if they are `begun`.
+    // With both matrices transposed, from the gradient of y (null: zero) to d_x and the anchor's
+    // gradient, adding to both, and to what d_h and d_z hold if they are `begun`.
     void look_back(int64_t n, const T* x, const Look<T>& at, const T* d_y, bool begun, T* d_x) {
         const Layer<T>&first = layer[0], &top = last();
         const T* d_first = d_y;
