@@ -25,13 +25,24 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import check, conv, measure, peers, profiling, report, sources, titans, titans_deep
+from benchmarks import (
+    check,
+    conv,
+    measure,
+    peers,
+    profiling,
+    report,
+    selfmod,
+    sources,
+    titans,
+    titans_deep,
+)
 from benchmarks.session import Session
 from benchmarks.subjects import Operator, Setting
 
 OPERATORS = {
     operator.name: operator
-    for operator in (titans.BENCHMARK, titans_deep.BENCHMARK, conv.BENCHMARK)
+    for operator in (titans.BENCHMARK, titans_deep.BENCHMARK, selfmod.BENCHMARK, conv.BENCHMARK)
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUICK_REPEATS = 2

@@ -44,6 +44,20 @@ HOPE_SCHEMAS(m) {
         "float norm_eps, int checkpoint_every) -> (Tensor q, Tensor k, Tensor v, Tensor lr, "
         "Tensor momentum, Tensor decay, Tensor w1, Tensor w2, Tensor s1, Tensor s2, Tensor a1, "
         "Tensor a2, Tensor norm_weight, Tensor norm_bias)");
+    // HOPE's self-modifying memory (docs/ops/selfmod.md): the matrices [N, H, ., .] of k, v, lr,
+    // retention and memory in turn, one or two of each; biases are [N, H]. Lists may be empty:
+    // without anchors a call starts at a chunk boundary, without gradients they are zero.
+    m.def(
+        "selfmod(Tensor x, Tensor q, Tensor[] weights, Tensor lr_bias, Tensor retention_bias, "
+        "Tensor[] anchor, Tensor? position, Tensor? cu_seqlens, int chunk_size, float lr_max, str "
+        "activation, str objective, str read, int checkpoint_every) -> (Tensor o, Tensor[] "
+        "weights, Tensor[] anchor, Tensor checkpoints)");
+    m.def(
+        "selfmod_backward(Tensor? d_o, Tensor[] d_weights, Tensor[] d_anchor, Tensor x, Tensor q, "
+        "Tensor[] weights, Tensor lr_bias, Tensor retention_bias, Tensor[] anchor, Tensor? "
+        "position, Tensor? cu_seqlens, Tensor checkpoints, int chunk_size, float lr_max, str "
+        "activation, str objective, str read, int checkpoint_every) -> (Tensor x, Tensor q, "
+        "Tensor[] weights, Tensor lr_bias, Tensor retention_bias, Tensor[] anchor)");
 }
 
 #ifndef HOPE_EMULATED

@@ -81,3 +81,22 @@ def cu_seqlens(value: object, rows: Tensor, like: str = "q") -> int:
                 f"cu_seqlens: expected values that rise from 0 to T = {tokens}, got {values}"
             )
     return bounds.numel() - 1
+
+
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def chunk_size_of_state(of_state: object, position: Tensor, chunk_size: int) -> None:
+    """A carried state fits a call with another chunk size at a boundary of both sizes only."""
+    positive("state.chunk_size", of_state)
+    if of_state == chunk_size:
+        return
+    # The one case that looks at values on the device; a traced graph has none and refuses.
+    traced = torch.compiler.is_compiling()
+    if traced or ((position % chunk_size != 0) | (position % of_state != 0)).any():
+        raise ValueError(
+            f"chunk_size: expected {of_state}, that of the state, which is inside a chunk"
+            f"{' (or may be: traced code cannot tell)' if traced else ''}, got {chunk_size}"
+        )

@@ -258,8 +258,7 @@ def _check_memory(q, v, lr, weights, residual, norm, norm_weight, norm_bias, nor
             raise ValueError(f"{name}: expected None without a norm, got {type(x).__name__}")
         _check.tensor(name, x, (lr.dtype,), q.device)
         _check.shape(name, x, (heads, value), "H D_v")
-    if isinstance(norm_eps, bool) or not isinstance(norm_eps, float | int):
-        raise TypeError(f"norm_eps: expected a number, got {norm_eps!r}")
+    _check.number("norm_eps", norm_eps)
     if not 0 < norm_eps < float("inf"):
         raise ValueError(f"norm_eps: expected a positive number, got {norm_eps}")
 
@@ -290,19 +289,7 @@ def _check_state(state, sequences, weights, momentum, chunk_size) -> None:
             _check.shape(f"state.{name}[{i}]", matrix, (sequences, *like.shape), letters)
     _check.tensor("state.position", state.position, (torch.int64,), weights[0].device)
     _check.shape("state.position", state.position, (sequences,), "B")
-    _check.positive("state.chunk_size", state.chunk_size)
-    if state.chunk_size == chunk_size:
-        return
-    # The one case that looks at values on the device; a traced graph has none and refuses.
-    traced = torch.compiler.is_compiling()
-    if (
-        traced
-        or ((state.position % chunk_size != 0) | (state.position % state.chunk_size != 0)).any()
-    ):
-        raise ValueError(
-            f"chunk_size: expected {state.chunk_size}, that of the state, which is inside a chunk"
-            f"{' (or may be: traced code cannot tell)' if traced else ''}, got {chunk_size}"
-        )
+    _check.chunk_size_of_state(state.chunk_size, state.position, chunk_size)
 
 
 def _chunks_per_checkpoint(

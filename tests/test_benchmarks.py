@@ -21,6 +21,7 @@ from benchmarks import (
     ops,
     peers,
     report,
+    selfmod,
     session,
     sources,
     subjects,
@@ -235,6 +236,27 @@ def test_the_deep_memory_has_a_benchmark(tmp_path, no_peers):
     assert status == 0
     timed = {(r["contest"], r["row"]) for r in result["rows"] if "median_ms" in r}
     assert {("operator", "reference"), ("operator", "ours"), ("layer", "ours")} <= timed
+
+
+def test_the_self_modifying_memory_has_a_benchmark(tmp_path, no_peers):
+    words = ("--op", "selfmod", "--shape", "1,20,2,16,24,8")
+    status, (result,) = run_ops(tmp_path, *words)
+    assert status == 0
+    timed = {r["row"] for r in result["rows"] if "median_ms" in r}
+    assert {"reference", "plain PyTorch", "ours"} <= timed
+
+
+def test_plain_pytorch_computes_the_same_self_modifying_memory():
+    shape = dict(zip("BTHDFC", (2, 20, 2, 16, 24, 8), strict=True))
+    setting = Setting(shape, torch.float64, "cpu")
+
+    def results(subject):
+        torch.manual_seed(0)  # the output's gradient
+        return subject.forward(), *subject.call(TRAINING)()
+
+    ours, plain = results(selfmod.bare(setting)), results(selfmod.bare_plain(setting))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_threads_are_set_and_written_down(tmp_path, no_peers):

@@ -153,6 +153,7 @@ DEVICES = {
         case
         for case in CASES
         if case.name in ("stretches", "stretches-packed", "packed-long-chunks", "blocks")
+        and case.runs_on("emulated")
     ],
     ids=str,
 )

@@ -476,6 +476,12 @@ def test_refuses_states_that_do_not_fit():
         )
 
 
+def test_no_heads():
+    a = make_float32(heads=0)
+    a["q"].requires_grad_()
+    hope_ext.titans_memory(**a).sum().backward()
+
+
 @each_backend
 def test_finite_at_the_extremes_of_the_gates(backend):
     """Retention that underflows within a chunk, and momentum 1, stay exact: nothing is divided."""

@@ -278,6 +278,13 @@ template <class V>
 HOPE_INLINE V sigmoid(V x) {
     return 1 / (1 + exponential(-x));
 }
+template <class T>
+HOPE_INLINE T square_root(T x) {
+    if constexpr (sizeof(T) == 8)
+        return __builtin_sqrt(x);
+    else
+        return __builtin_sqrtf(x);
+}
 
 // ---- conversion ----
 struct BFloat16 {

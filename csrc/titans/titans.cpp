@@ -249,9 +249,8 @@ void run_backward(const Inputs& in) {
 #endif
 }
 
-int64_t checkpoint_slots(const Tensor& q, const TitansParams& p) {
-    return titans_checkpoint_slots(q.size(0) * p.tokens, p.sequences,
-                                   p.chunk_size * p.checkpoint_every);
+int64_t slots_of(const Tensor& q, const TitansParams& p) {
+    return checkpoint_slots(q.size(0) * p.tokens, p.sequences, p.chunk_size * p.checkpoint_every);
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -274,7 +273,7 @@ Forward titans(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
     const auto weights = in.empty_states(), momenta = in.empty_states(momentum.has_value()),
                anchor = in.empty_states();
     if (checkpoint_every > 0)
-        checkpoints = at::empty({checkpoint_slots(q, p), p.heads, titans_state_size(p)}, in.states);
+        checkpoints = at::empty({slots_of(q, p), p.heads, titans_state_size(p)}, in.states);
     p.o = token_tensor(o), p.checkpoints = checkpoints.data_ptr();
     set_states(p.final_weights, weights), set_states(p.final_momenta, momenta),
         set_states(p.final_anchor, anchor);
@@ -303,10 +302,10 @@ Backward titans_backward(
                position, cu_seqlens,
                {chunk_size, activation, residual, objective, read, norm_eps, checkpoint_every});
     TitansParams& p = in.params;
-    TORCH_CHECK_VALUE(
-        checkpoints.is_contiguous() && checkpoints.scalar_type() == w1.scalar_type() &&
-            checkpoints.numel() == checkpoint_slots(q, p) * p.heads * titans_state_size(p),
-        "checkpoints: not those of this forward");
+    TORCH_CHECK_VALUE(checkpoints.is_contiguous() &&
+                          checkpoints.scalar_type() == w1.scalar_type() &&
+                          checkpoints.numel() == slots_of(q, p) * p.heads * titans_state_size(p),
+                      "checkpoints: not those of this forward");
     p.checkpoints = checkpoints.data_ptr();
 
     const bool has_momentum = momentum.has_value(), has_decay = decay.has_value();

@@ -5,16 +5,18 @@
 #include <cstdint>
 
 #include "common/element.h"
+#include "common/memory.h"
 
 namespace hope {
 
-enum class TitansObjective { l2, dot };
-enum class TitansRead { after, before, chunk };
-enum class TitansActivation { gelu, silu };
+using TitansObjective = Objective;
+using TitansRead = Read;
+using TitansActivation = Activation;
 
 // A memory has one layer, [K, V], or two, [K, F] and [F, V]. Absent tensors have null data. Gates,
 // states, norms and their gradients are float32 (float64 if element is).
 struct TitansParams {
+    static constexpr bool kMomenta = true;
     Element element;  // of q, k, v, o and their gradients
     int64_t sequences, tokens, heads, key_dim, value_dim;
     int64_t hidden_dim;  // F; 0: one layer
@@ -57,14 +59,6 @@ inline int64_t titans_state_size(const TitansParams& p) {
     int64_t size = 0;
     for (int layer = 0; layer < p.layers(); layer++) size += p.rows_of(layer) * p.columns_of(layer);
     return size * (p.has_momentum ? 2 : 1);
-}
-
-// Checkpoints are taken at the start of every checkpoint_every-th chunk of a sequence, its first
-// chunk excepted (that state is the input). Sequence n with its first token at `start` of the whole
-// batch keeps them from slot start / span + n on, span = chunk_size * checkpoint_every: room for
-// all, whatever the lengths and positions are.
-inline int64_t titans_checkpoint_slots(int64_t all_tokens, int64_t sequences, int64_t span) {
-    return all_tokens / span + sequences;
 }
 
 void titans_fwd_cpu(const TitansParams& params, const ParallelFor& parallel_for);

@@ -27,11 +27,12 @@ Variant variant() {
 
 void run(const TitansParams& params, bool backward, const ParallelFor& parallel_for) {
     const Variant use = params.element == Element::float64 ? variant<double>() : variant<float>();
+    const int64_t tasks = params.sequences * params.heads;
+    if (tasks == 0) return;  // no head has sizes to speak of
     const size_t bytes = static_cast<size_t>(use.scratch_bytes(params, backward));
-    run_tasks(parallel_for, params.sequences * params.heads, bytes,
-              [&](int64_t begin, int64_t end, void* scratch) {
-                  use.tasks(params, backward, begin, end, scratch);
-              });
+    run_tasks(parallel_for, tasks, bytes, [&](int64_t begin, int64_t end, void* scratch) {
+        use.tasks(params, backward, begin, end, scratch);
+    });
 }
 
 }  // namespace

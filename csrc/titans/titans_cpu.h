@@ -1,39 +1,42 @@
 // The Titans memory by chunks (the dual form; docs/derivations.md has the algebra, in these names).
 // Included by each_isa_cpu.h, once per instruction set.
 //
-// One task is one sequence and head; it walks its tokens in segments, with everything of a segment
-// in a thread's cache:
+// One task is one sequence and head; it walks its tokens in segments (walk_cpu.h), with everything
+// of a segment in a thread's cache:
 //
 //   forward    inputs x and errors e of each layer, at the anchor      (titans_network_cpu.h)
 //              the queries through the layers, each as its state is at their token, and the state
-//              after the segment                                       (titans_layer_cpu.h)
-//   backward   forward over a group of chunks from its checkpoint, keeping each segment's start;
-//              then segments in reverse
+//              after the segment                                       (layer_cpu.h)
+//   backward   the same in reverse
 
-#include "titans/titans_gates_cpu.h"
-#include "titans/titans_layer_cpu.h"
+#include "common/activation_cpu.h"
+#include "common/gates_cpu.h"
+#include "common/layer_cpu.h"
+#include "common/sequence_cpu.h"
+#include "common/walk_cpu.h"
 #include "titans/titans_network_cpu.h"
-#include "titans/titans_sequence_cpu.h"
 
 template <class T>
-struct TitansTask {
-    const TitansParams& p;
-    const TitansSequence at;
-    const int layers;
+struct TitansTask : Walk<T, TitansParams> {
+    using Walk<T, TitansParams>::p;
+    using Walk<T, TitansParams>::at;
+    using Walk<T, TitansParams>::layers;
     LayerWork<T> work;
     TitansNetwork<T> network;  // and the layers
 
     TitansTask(const TitansParams& params, int64_t task, T* scratch, bool backward,
                int64_t* scratch_size)
-        : p(params), at(params, task), layers(params.layers()) {
-        const int64_t rows = TitansSequence::rows_at_most(p),
-                      kept = TitansSequence::segments_of_group(p);
+        : Walk<T, TitansParams>(params, task, titans_state_size(params)) {
+        const int64_t rows = at.rows_at_most(p), kept = at.segments_of_group(p);
         Carver<T> carver{scratch};
+        layers = p.layers(), this->has_momentum = p.has_momentum;
         work.read = p.read, work.has_momentum = p.has_momentum;
         int64_t width = 0, transposed_size = 0;
         for (int i = 0; i < layers; i++) {
-            TitansLayer<T>& l = network.layer[i];
-            l.carve(carver, p.rows_of(i), p.columns_of(i), rows, work.has_momentum, backward, kept);
+            Layer<T>& l = network.layer[i];
+            this->layer[i] = &l;
+            l.carve_state(carver, p.rows_of(i), p.columns_of(i), work.has_momentum, backward, kept);
+            l.carve_rows(carver, rows, backward);
             width = most(width, most(l.in, l.out));
             transposed_size = most(transposed_size, l.out * l.li);
         }
@@ -51,39 +54,6 @@ struct TitansTask {
         return size;
     }
 
-    // ---- the state's places ----
-    TitansLayer<T>& layer(int i) { return network.layer[i]; }
-    void read_state(const MatrixTensor& from, const TitansLayer<T>& l, T* tile) const {
-        if (const T* data = at.template matrix<T>(from))
-            load_matrix(data, l.in, l.out, tile, l.lo);
-        else
-            l.clear(tile);
-    }
-    void write_state(const MatrixTensor& to, const TitansLayer<T>& l, const T* tile) const {
-        if (T* data = at.template matrix<T>(to)) store_matrix(data, l.in, l.out, tile, l.lo);
-    }
-    void start_state() {
-        for (int i = 0; i < layers; i++) {
-            TitansLayer<T>& l = layer(i);
-            read_state(p.weights[i], l, l.weights);
-            if (work.has_momentum) read_state(p.momenta[i], l, l.momenta);
-            read_state(p.anchor[i].data && at.offset ? p.anchor[i] : p.weights[i], l, l.anchor);
-        }
-    }
-    // A checkpoint holds the weights of all layers, then their momenta.
-    void save(T* to) {
-        for (int i = 0; i < layers; to += layer(i).in * layer(i).out, i++)
-            store_matrix(to, layer(i).in, layer(i).out, layer(i).weights, layer(i).lo);
-        for (int i = 0; work.has_momentum && i < layers; to += layer(i).in * layer(i).out, i++)
-            store_matrix(to, layer(i).in, layer(i).out, layer(i).momenta, layer(i).lo);
-    }
-    void restore(const T* from) {
-        for (int i = 0; i < layers; from += layer(i).in * layer(i).out, i++)
-            load_matrix(from, layer(i).in, layer(i).out, layer(i).weights, layer(i).lo);
-        for (int i = 0; work.has_momentum && i < layers; from += layer(i).in * layer(i).out, i++)
-            load_matrix(from, layer(i).in, layer(i).out, layer(i).momenta, layer(i).lo);
-    }
-
     // ---- a segment ----
     // Loads k, v and the gates; computes the coefficients, and inputs and errors of the layers.
     void prepare(const Segment& segment) {
@@ -96,133 +66,53 @@ struct TitansTask {
             work.gate.keep[t] = p.decay.data ? 1 - at.template gate_value<T>(p.decay, token) : T(1);
         }
         work.gate.compute(n, work.has_momentum);
-        at.load_rows(p.k, segment, p.key_dim, layer(0).x, layer(0).li);
+        at.load_rows(p.k, segment, p.key_dim, network.layer[0].x, network.layer[0].li);
         at.load_rows(p.v, segment, p.value_dim, network.v, network.last().lo);
         network.look_back(work, n);
     }
-    void begin_chunk(const Segment& segment) {
-        if (!segment.new_chunk) return;
-        for (int i = 0; i < layers; i++) layer(i).copy(layer(i).weights, layer(i).anchor);
+    void forward_segment(const Segment& segment) {
+        prepare(segment);
+        const Layer<T>& first = network.layer[0];
+        at.load_rows(p.q, segment, p.key_dim, first.queries, first.li);
+        network.read_out(work, segment.rows);
+        at.store_rows(p.o, segment, p.value_dim, network.o, network.last().lo);
+        advance(segment.rows);
     }
-
-    void forward() {
-        start_state();
-        for (int64_t chunk = 0; chunk < at.chunks(); chunk++) {
-            const int64_t end = at.chunk_end(chunk);
-            if (T* to = at.template checkpoint<T>(chunk)) save(to);
-            for (int64_t token = at.chunk_begin(chunk); token < end; token += kSegment) {
-                const Segment segment = at.segment_at(token, end);
-                begin_chunk(segment);
-                prepare(segment);
-                at.load_rows(p.q, segment, p.key_dim, layer(0).queries, layer(0).li);
-                network.read_out(work, segment.rows);
-                at.store_rows(p.o, segment, p.value_dim, network.o, network.last().lo);
-                for (int i = 0; i < layers; i++) work.advance(layer(i), segment.rows);
-            }
-        }
-        at.template clear_unused_checkpoints<T>();
-        const bool complete = at.at_boundary(at.length);
-        for (int i = 0; i < layers; i++) {
-            const TitansLayer<T>& l = layer(i);
-            write_state(p.final_weights[i], l, l.weights);
-            if (work.has_momentum) write_state(p.final_momenta[i], l, l.momenta);
-            write_state(p.final_anchor[i], l, complete ? l.weights : l.anchor);
-        }
+    void learn_segment(const Segment& segment) {
+        prepare(segment);
+        advance(segment.rows);
     }
-
+    void advance(int64_t n) {
+        for (int i = 0; i < layers; i++) work.advance(network.layer[i], n);
+    }
     void backward_segment(const Segment& segment) {
         const int64_t n = segment.rows, lv = network.last().lo;
         prepare(segment);
-        at.load_rows(p.q, segment, p.key_dim, layer(0).queries, layer(0).li);
+        at.load_rows(p.q, segment, p.key_dim, network.layer[0].queries, network.layer[0].li);
         if (p.d_o.data)
             at.load_rows(p.d_o, segment, p.value_dim, network.d_o, lv);
         else
             for (int64_t i = 0; i < n * lv; i++) network.d_o[i] = 0;
         work.clear_gradients(n);
         network.through_reads(work, n);
-        for (int i = 0; i < layers; i++) work.through_update(layer(i), n);
+        for (int i = 0; i < layers; i++) work.through_update(network.layer[i], n);
         network.through_errors(work, n);
         at.store_rows(p.d_v, segment, p.value_dim, network.v, lv);
-        at.store_rows(p.d_k, segment, p.key_dim, layer(0).d_x, layer(0).li);
-        at.store_rows(p.d_q, segment, p.key_dim, layer(0).d_queries, layer(0).li);
-        for (int i = 0; i < layers; i++) work.to_state_before(layer(i), n);
+        at.store_rows(p.d_k, segment, p.key_dim, network.layer[0].d_x, network.layer[0].li);
+        at.store_rows(p.d_q, segment, p.key_dim, network.layer[0].d_queries, network.layer[0].li);
+        for (int i = 0; i < layers; i++) {
+            work.to_state_before(network.layer[i], n);
+            work.add_read_state(network.layer[i], n);
+        }
         work.gate.backward(n);
         at.store_gate(p.d_lr, segment, work.gate.lr, T(1));
         at.store_gate(p.d_momentum, segment, work.gate.momentum, T(1));
         at.store_gate(p.d_decay, segment, work.gate.keep, T(-1));
-        if (segment.new_chunk) anchor_is_weights();
-    }
-    void anchor_is_weights() {
-        for (int i = 0; i < layers; i++) {
-            layer(i).add(layer(i).d_anchor, layer(i).d_weights);
-            layer(i).clear(layer(i).d_anchor);
-        }
-    }
-
-    // Forward over chunks [first, last) from their checkpoint, keeping every segment's start;
-    // returns the number of segments.
-    int64_t keep_states(int64_t first, int64_t last) {
-        if (const T* from = at.template checkpoint<T>(first))
-            restore(from);
-        else
-            start_state();
-        int64_t index = 0;
-        for (int64_t chunk = first; chunk < last; chunk++)
-            for (int64_t token = at.chunk_begin(chunk); token < at.chunk_end(chunk);
-                 token += kSegment, index++) {
-                const Segment segment = at.segment_at(token, at.chunk_end(chunk));
-                begin_chunk(segment);
-                for (int i = 0; i < layers; i++) {
-                    TitansLayer<T>& l = layer(i);
-                    l.copy(l.weights, l.kept_weights + index * l.size());
-                    l.copy(l.anchor, l.kept_anchor + index * l.size());
-                    if (work.has_momentum) l.copy(l.momenta, l.kept_momenta + index * l.size());
-                }
-                if (token + segment.rows == at.chunk_end(last - 1))
-                    continue;  // nobody needs the state after the group
-                prepare(segment);
-                for (int i = 0; i < layers; i++) work.advance(layer(i), segment.rows);
-            }
-        return index;
     }
 
     void backward() {
-        for (int i = 0; i < layers; i++) {
-            TitansLayer<T>& l = layer(i);
-            read_state(p.d_final_weights[i], l, l.d_weights);
-            if (work.has_momentum) read_state(p.d_final_momenta[i], l, l.d_momenta);
-            read_state(p.d_final_anchor[i], l, l.d_anchor);
-        }
         network.clear_norm_gradients();
-        if (at.at_boundary(at.length)) anchor_is_weights();
-        const int64_t group = p.checkpoint_every;
-        for (int64_t first = at.chunks() ? (at.chunks() - 1) / group * group : -1; first >= 0;
-             first -= group) {
-            const int64_t last = least(at.chunks(), first + group);
-            int64_t index = keep_states(first, last);
-            const TitansNetwork<T> own = network;
-            for (int64_t chunk = last - 1; chunk >= first; chunk--) {
-                const int64_t begin = at.chunk_begin(chunk), end = at.chunk_end(chunk);
-                for (int64_t token = begin + (end - begin - 1) / kSegment * kSegment;
-                     token >= begin; token -= kSegment) {
-                    index--;
-                    for (int i = 0; i < layers; i++) {
-                        TitansLayer<T>& l = layer(i);
-                        l.weights = l.kept_weights + index * l.size();
-                        l.anchor = l.kept_anchor + index * l.size();
-                        if (work.has_momentum) l.momenta = l.kept_momenta + index * l.size();
-                    }
-                    backward_segment(at.segment_at(token, end));
-                }
-            }
-            network = own;
-        }
-        for (int i = 0; i < layers; i++) {
-            const TitansLayer<T>& l = layer(i);
-            write_state(p.d_anchor[i], l, l.d_anchor);
-            write_state(p.d_weights[i], l, l.d_weights);
-            if (work.has_momentum) write_state(p.d_momenta[i], l, l.d_momenta);
-        }
+        walk_backward<T>(*this);
         if (T* to = at.template matrix<T>(p.d_norm_weight))
             store_matrix(to, 1, p.value_dim, network.d_norm_weight, network.last().lo);
         if (T* to = at.template matrix<T>(p.d_norm_bias))
@@ -238,7 +128,7 @@ void titans_tasks(const TitansParams& p, bool backward, int64_t begin, int64_t e
         if (backward)
             run.backward();
         else
-            run.forward();
+            walk_forward<T>(run);
     }
 }
 template <class T>

@@ -5,34 +5,13 @@
 //   errors     e2 = through the norm of (M(k) - v), or of -v       the inner loss's gradient at
 //   core
 //              e1 = (e2 w2^T) * act'(z),   z = k w1
-//
-// Both activations are z s(g(z)), s the sigmoid: g = z for silu, and for gelu's tanh approximation
-// g = 2 c (z + a z^3), since (1 + tanh y) / 2 = s(2 y).
-
-template <class T>
-struct Activated {
-    Vector<T> value, slope, curve;  // act(z), act'(z), act''(z)
-};
-template <class T>
-HOPE_INLINE Activated<T> activate(TitansActivation activation, Vector<T> z) {
-    constexpr T kC = T(2 * 0.7978845608028654), kA = T(0.044715);  // 2 sqrt(2 / pi)
-    const Vector<T> zero = {};
-    Vector<T> g = z, g1 = zero + T(1), g2 = zero;
-    if (activation == TitansActivation::gelu) {
-        const Vector<T> z2 = z * z;
-        g = kC * z * (1 + kA * z2), g1 = kC * (1 + 3 * kA * z2), g2 = (6 * kC * kA) * z;
-    }
-    const Vector<T> s = sigmoid(g), s1 = s * (1 - s) * g1;  // s1: s's slope
-    const Vector<T> s2 = s1 * (1 - 2 * s) * g1 + s * (1 - s) * g2;
-    return {z * s, s + z * s1, 2 * s1 + z * s2};
-}
 
 template <class T>
 struct TitansNetwork {
-    TitansLayer<T> layer[2];
+    Layer<T> layer[2];
     int layers;
     bool l2, residual;
-    TitansActivation activation;
+    Activation activation;
     T norm_eps;
     const T *norm_weight, *norm_bias;  // [V], or null
     T *v, *o, *core;                   // [n][lv]; v: -d_v's place in the backward too
@@ -40,11 +19,11 @@ struct TitansNetwork {
     T *d_o, *d_core, *d_z;             // backward only
     T *d_norm_weight, *d_norm_bias;    // [lv]
 
-    TitansLayer<T>& last() { return layer[layers - 1]; }
+    Layer<T>& last() { return layer[layers - 1]; }
 
     void carve(Carver<T>& carver, const TitansParams& p, const T* weight, const T* bias,
                int64_t rows, bool backward) {
-        layers = p.layers(), l2 = p.objective == TitansObjective::l2, activation = p.activation;
+        layers = p.layers(), l2 = p.objective == Objective::l2, activation = p.activation;
         residual = p.residual && (layers == 2 || p.norm_weight.data);
         norm_eps = static_cast<T>(p.norm_eps), norm_weight = weight, norm_bias = bias;
         has_norm = p.norm_weight.data;
@@ -61,12 +40,12 @@ struct TitansNetwork {
 
     // ---- inputs and errors ----
     void look_back(LayerWork<T>& work, int64_t n) {
-        TitansLayer<T>& top = last();
+        Layer<T>& top = last();
         const int64_t lv = top.lo, V = top.out;
         if (layers == 2) {
-            const TitansLayer<T>& l = layer[0];
+            const Layer<T>& l = layer[0];
             multiply(n, l.out, l.in, plain<T>(l.x, l.li), l.anchor, l.lo, z, l.lo, one<T>(), false);
-            activate_rows(n, z, top.x, slope);
+            activate_all(activation, n * l.lo, z, top.x, slope);
         }
         if (l2 || has_norm)
             multiply(n, V, top.in, plain<T>(top.x, top.li), top.anchor, lv, core, lv, one<T>(),
@@ -91,24 +70,15 @@ struct TitansNetwork {
                  false);
         for (int64_t i = 0; i < n * top.li; i++) layer[0].errors[i] = u[i] * slope[i];
     }
-    void activate_rows(int64_t n, const T* from, T* value, T* derivative) const {
-        constexpr int kLanes = Simd<T>::kLanes;
-        for (int64_t i = 0; i < n * layer[0].lo; i += kLanes) {
-            const Activated<T> a = activate<T>(activation, load(from + i));
-            store(value + i, a.value), store(derivative + i, a.slope);
-        }
-    }
 
     // ---- reads ----
     void through_layers(LayerWork<T>& work, int64_t n) {  // the queries; also in the backward
         work.read_out(layer[0], n);
         if (layers == 1) return;
-        constexpr int kLanes = Simd<T>::kLanes;
-        for (int64_t i = 0; i < n * layer[0].lo; i += kLanes)
-            store(layer[1].queries + i, activate<T>(activation, load(layer[0].result + i)).value);
+        activate_all<T>(activation, n * layer[0].lo, layer[0].result, layer[1].queries, nullptr);
     }
     void read_out(LayerWork<T>& work, int64_t n) {
-        TitansLayer<T>& top = last();
+        Layer<T>& top = last();
         through_layers(work, n);
         if (layers == 2) work.read_out(top, n);
         for (int64_t t = 0; t < n; t++) {
@@ -130,7 +100,7 @@ struct TitansNetwork {
     // ---- backward ----
     // From d_o to the queries, and through the layers' results to everything else.
     void through_reads(LayerWork<T>& work, int64_t n) {
-        TitansLayer<T>& top = last();
+        Layer<T>& top = last();
         if (layers == 2 || has_norm) through_layers(work, n);
         if (has_norm && layers == 2) work.read_out(top, n);
         for (int64_t t = 0; t < n; t++) {
@@ -164,7 +134,7 @@ struct TitansNetwork {
 
     // From the errors' and inputs' gradients to k (layer[0].d_x), v (in its place) and the anchor.
     void through_errors(LayerWork<T>& work, int64_t n) {
-        TitansLayer<T>& top = last();
+        Layer<T>& top = last();
         const int64_t lv = top.lo;
         if (layers == 2) through_first_error(n);
         for (int64_t t = 0; t < n; t++) {
@@ -192,7 +162,7 @@ struct TitansNetwork {
     }
     // e1 = u * act'(z), u = e2 w2^T: begins d_z; adds to d_errors and d_anchor of the second layer.
     void through_first_error(int64_t n) {
-        TitansLayer<T>& top = last();
+        Layer<T>& top = last();
         constexpr int kLanes = Simd<T>::kLanes;
         T* const d_u = layer[0].d_errors;
         for (int64_t i = 0; i < n * top.li; i += kLanes) {
@@ -239,10 +209,6 @@ struct TitansNetwork {
                 g_row[j] = scale * (g_row[j] - along_one - y(j) * along_y);
         }
     };
-    static T square_root(T x) {
-        if constexpr (sizeof(T) == 8) return __builtin_sqrt(x);
-        return __builtin_sqrtf(static_cast<float>(x));
-    }
 
     // e = through(g), g = loss * weight: from d_e to d_v (over v) and d_x of the row, adding to the
     // norm's gradients.

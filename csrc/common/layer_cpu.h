@@ -1,6 +1,6 @@
 // What a segment of n tokens does to one layer of a memory, forward and backward: every layer is a
 // linear memory of its own inputs x and errors e (docs/derivations.md has the algebra, in these
-// names). Included by each_isa_cpu.h through titans_cpu.h, once per instruction set.
+// names). Included by each_isa_cpu.h through a memory's kernel, once per instruction set.
 //
 //   result = b*(queries w) + c*(queries s) - (A * queries x^T) e
 //   w = b w + c s - x^T (g*e),  s = m s - x^T (u*e)       g, u: last rows of A and N
@@ -9,7 +9,7 @@
 // layer's inputs, its outputs, and token columns.
 
 template <class T>
-struct TitansLayer {
+struct Layer {
     int64_t in, out, li, lo;
     T *weights, *momenta, *anchor;  // [in][lo], the state
     T *x, *queries;                 // [n][li]
@@ -34,28 +34,31 @@ struct TitansLayer {
         return total;
     }
 
-    void carve(Carver<T>& carver, int64_t in_, int64_t out_, int64_t rows, bool has_momentum,
-               bool backward, int64_t kept) {
+    void carve_state(Carver<T>& carver, int64_t in_, int64_t out_, bool has_momentum, bool backward,
+                     int64_t kept) {
         constexpr int kLanes = Simd<T>::kLanes;
         in = in_, out = out_, li = round_up(in, kLanes), lo = round_up(out, kLanes);
         weights = carver.take(size()), anchor = carver.take(size());
         momenta = carver.take(has_momentum ? size() : 0);
-        x = carver.take(rows * li), queries = carver.take(rows * li);
-        errors = carver.take(rows * lo), result = carver.take(rows * lo);
         if (!backward) return;
         d_weights = carver.take(size()), d_anchor = carver.take(size());
         d_momenta = carver.take(has_momentum ? size() : 0);
-        d_x = carver.take(rows * li), d_queries = carver.take(rows * li);
-        d_errors = carver.take(rows * lo), d_result = carver.take(rows * lo);
         kept_weights = carver.take(kept * size()), kept_anchor = carver.take(kept * size());
         kept_momenta = carver.take(has_momentum ? kept * size() : 0);
+    }
+    void carve_rows(Carver<T>& carver, int64_t rows, bool backward) {
+        x = carver.take(rows * li), queries = carver.take(rows * li);
+        errors = carver.take(rows * lo), result = carver.take(rows * lo);
+        if (!backward) return;
+        d_x = carver.take(rows * li), d_queries = carver.take(rows * li);
+        d_errors = carver.take(rows * lo), d_result = carver.take(rows * lo);
     }
 };
 
 // The work on a layer, with the segment's coefficients and scratch memory that layers share.
 template <class T>
 struct LayerWork {
-    TitansRead read;
+    Read read;
     bool has_momentum;
     Coefficients<T> gate;
     int64_t lt;
@@ -75,27 +78,27 @@ struct LayerWork {
         d_scores = carver.take(rows * lt), read_scores = carver.take(rows * lt);
     }
 
-    bool scored() const { return read != TitansRead::chunk; }
+    bool scored() const { return read != Read::chunk; }
     int64_t read_row(int64_t t) const {  // of the state token t reads
-        return read == TitansRead::before ? t - 1 : t;
+        return read == Read::before ? t - 1 : t;
     }
-    const T* read_b() const { return gate.b + (read == TitansRead::before ? 0 : 1); }
-    const T* read_c() const { return gate.c + (read == TitansRead::before ? 0 : 1); }
+    const T* read_b() const { return gate.b + (read == Read::before ? 0 : 1); }
+    const T* read_c() const { return gate.c + (read == Read::before ? 0 : 1); }
 
     // scores = queries x^T, lower triangle
-    void score(const TitansLayer<T>& l, int64_t n) {
+    void score(const Layer<T>& l, int64_t n) {
         transpose(n, l.in, l.x, l.li, x_t, lt);
         multiply<Part::lower_result>(n, n, l.in, plain(l.queries, l.li), x_t, lt, scores, lt,
                                      one<T>(), false);
     }
-    void scale_rows(const TitansLayer<T>& l, int64_t n, const T* factor, const T* from) {
+    void scale_rows(const Layer<T>& l, int64_t n, const T* factor, const T* from) {
         for (int64_t t = 0; t < n; t++)
             for (int64_t j = 0; j < l.lo; j++)
                 scaled[t * l.lo + j] = factor[t] * from[t * l.lo + j];
     }
 
     // ---- forward ----
-    void read_out(const TitansLayer<T>& l, int64_t n) {
+    void read_out(const Layer<T>& l, int64_t n) {
         const Left<T> queries = plain<T>(l.queries, l.li);
         if (!scored()) {
             multiply(n, l.out, l.in, queries, l.anchor, l.lo, l.result, l.lo, one<T>(), false);
@@ -115,7 +118,7 @@ struct LayerWork {
                                    minus_one<T>(), true);
     }
     // The state after the segment.
-    void advance(TitansLayer<T>& l, int64_t n) {
+    void advance(Layer<T>& l, int64_t n) {
         const T b = gate.b[n], c = gate.c[n], m = gate.m[n];
         const Left<T> x_t_left = transposed<T>(l.x, l.li);
         scale_rows(l, n, gate.weights_row(n - 1), l.errors);
@@ -139,7 +142,7 @@ struct LayerWork {
     }
 
     // Through the result: begins d_queries, d_x and d_errors.
-    void through_read(const TitansLayer<T>& l, int64_t n) {
+    void through_read(const Layer<T>& l, int64_t n) {
         if (!scored()) {
             transpose(l.in, l.out, l.anchor, l.lo, state_t, l.li);
             multiply(n, l.in, l.out, plain<T>(l.d_result, l.lo), state_t, l.li, l.d_queries, l.li,
@@ -175,7 +178,7 @@ struct LayerWork {
         if (has_momentum) through_state_read(l, n, l.momenta, read_c(), gate.d_c);
     }
     // result += factor * (queries state): adds to d_queries and to the factor's gradient.
-    void through_state_read(const TitansLayer<T>& l, int64_t n, const T* state, const T* factor,
+    void through_state_read(const Layer<T>& l, int64_t n, const T* state, const T* factor,
                             T* d_factor) {
         transpose(l.in, l.out, state, l.lo, state_t, l.li);
         multiply(n, l.in, l.out, plain<T>(l.d_result, l.lo), state_t, l.li, product, l.li, one<T>(),
@@ -189,7 +192,7 @@ struct LayerWork {
     }
 
     // Through the state after the segment: adds to d_errors, d_x and the gates' gradients.
-    void through_update(const TitansLayer<T>& l, int64_t n) {
+    void through_update(const Layer<T>& l, int64_t n) {
         through_row(l, n, gate.weights_row(n - 1), l.d_weights, gate.d_in_weights + (n - 1) * lt);
         gate.d_b[n - 1] += l.inner(l.d_weights, l.weights);
         if (!has_momentum) return;
@@ -198,7 +201,7 @@ struct LayerWork {
         gate.d_m[n - 1] += l.inner(l.d_momenta, l.momenta);
     }
     // state -= x^T (row*e)
-    void through_row(const TitansLayer<T>& l, int64_t n, const T* row, const T* d_state, T* d_row) {
+    void through_row(const Layer<T>& l, int64_t n, const T* row, const T* d_state, T* d_row) {
         multiply(n, l.out, l.in, plain<T>(l.x, l.li), d_state, l.lo, product, l.lo, one<T>(),
                  false);
         for (int64_t t = 0; t < n; t++) {
@@ -213,21 +216,24 @@ struct LayerWork {
     }
 
     // y = x anchor: adds to d_x and d_anchor.
-    void through_anchor(const TitansLayer<T>& l, int64_t n, const T* d_y) {
+    void through_anchor(const Layer<T>& l, int64_t n, const T* d_y) {
         transpose(l.in, l.out, l.anchor, l.lo, state_t, l.li);
         multiply(n, l.in, l.out, plain<T>(d_y, l.lo), state_t, l.li, l.d_x, l.li, one<T>(), true);
         multiply(l.in, l.out, n, transposed<T>(l.x, l.li), d_y, l.lo, l.d_anchor, l.lo, one<T>(),
                  true);
     }
 
-    // d_weights and d_momenta become those before the segment.
-    void to_state_before(TitansLayer<T>& l, int64_t n) {
+    // d_weights and d_momenta become those before the segment, as far as the update goes ...
+    void to_state_before(Layer<T>& l, int64_t n) {
         const T b = gate.b[n], c = gate.c[n], m = gate.m[n];
-        const Left<T> queries_t = transposed<T>(l.queries, l.li);
         if (has_momentum)
             for (int64_t i = 0; i < l.size(); i++)
                 l.d_momenta[i] = c * l.d_weights[i] + m * l.d_momenta[i];
         for (int64_t i = 0; i < l.size(); i++) l.d_weights[i] *= b;
+    }
+    // ... and with what is read from them, or from the anchor.
+    void add_read_state(Layer<T>& l, int64_t n) {
+        const Left<T> queries_t = transposed<T>(l.queries, l.li);
         if (!scored()) {
             multiply(l.in, l.out, n, queries_t, l.d_result, l.lo, l.d_anchor, l.lo, one<T>(), true);
             return;

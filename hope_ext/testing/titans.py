@@ -1,26 +1,8 @@
-"""The cases that tests and benchmarks iterate: for every operator its inputs, odd shapes included,
-and its costs.
-
-A `Case` makes the keyword arguments of a public function. `backend` chooses what runs behind that
-function:
-
-    reference   the definition in plain PyTorch (hope_ext.reference), on whatever device and dtype
-                the inputs have
-    rounded     its chunked form, with the operands of every product rounded to a 16-bit dtype: what
-                a kernel of that dtype may err by
-    cpu, cuda   the kernels for the device that the inputs are on
-    emulated    the CUDA kernels on CPU tensors, in a library that tests/emulator builds and
-                `use_emulated` loads: the same host code and the same .cu files, compiled by a C++
-                compiler
-"""
+"""Inputs, costs and cases of the Titans memory."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,104 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hope_ext
-from hope_ext import _load
-from hope_ext import titans as titans_module
-from hope_ext.reference import titans as titans_reference
-
-
-@dataclass(frozen=True)
-class Case:
-    """Inputs of one operator: `make(dtype, device)` gives the keyword arguments of `function`."""
-
-    stem: str
-    name: str
-    function: Callable[..., Any]
-    make: Callable[[torch.dtype, str], dict[str, Any]]
-    tiny: bool = False  # small enough for gradcheck
-    everything: str = "return_state"  # the argument that makes it return its final state too
-    cuda: bool = True  # there are CUDA kernels for these sizes
-
-    def __str__(self) -> str:
-        return f"{self.stem}-{self.name}"
-
-    def runs_on(self, backend: str) -> bool:
-        """Whether a backend has these sizes: only CUDA's kernels are choosy."""
-        return self.cuda or backend not in ("cuda", "emulated")
-
-
-BACKENDS = ("reference", "rounded", "cpu", "cuda", "emulated")
-_EMULATED = "hope_emulated"  # csrc/common/library.h
-
-
-def use_emulated(library: Path | str) -> None:
-    """Loads the library that `backend("emulated")` runs; once in a process."""
-    _load.load_library(_EMULATED, library)
-
-
-@contextlib.contextmanager
-def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Public functions run on this backend inside the block."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    with contextlib.ExitStack() as stack:
-        if name in ("reference", "rounded"):
-            stack.enter_context(_load.forced(_load.REFERENCE))
-        if name == "emulated":
-            stack.enter_context(_load.forced(_EMULATED))
-        if name == "rounded":
-            rounded = functools.partial(
-                titans_reference.titans_network_chunked, product_dtype=product_dtype
-            )
-            original = titans_module.reference
-            stack.callback(setattr, titans_module, "reference", original)
-            titans_module.reference = type("rounded", (), {"titans": staticmethod(rounded)})
-        yield
-
-
-# ---- the short causal convolution ----------------------------------------------------------------
-
-
-def conv_inputs(
-    dtype: torch.dtype,
-    device: str,
-    *,
-    batch: int = 2,
-    tokens: int = 37,
-    channels: int = 24,
-    width: int = 4,
-    activation: str = "silu",
-    bounds: list[int] | None = None,
-    tail: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Normal inputs and weights of scale K^(-1/2); drawn in float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, to: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        draw = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return (scale * draw).to(device, to)
-
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    arguments: dict[str, Any] = {
-        "x": normal(batch, tokens, channels),
-        "weight": normal(channels, width, to=wide, scale=width**-0.5),
-        "activation": activation,
-    }
-    sequences = batch
-    if bounds is not None:
-        arguments["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
-        sequences = len(bounds) - 1
-    if tail:
-        arguments["tail"] = normal(sequences, width - 1, channels)
-    return arguments
-
-
-def _conv(name: str, *, tiny: bool = False, **options: Any) -> Case:
-    make = functools.partial(conv_inputs, **options)
-    return Case("conv", name, hope_ext.causal_conv, make, tiny, everything="return_tail")
-
-
-# ---- the Titans memory --------------------------------------------------------------------------
+from hope_ext.testing.case import Case
 
 
 def titans_inputs(
@@ -235,30 +120,7 @@ _TINY: dict[str, Any] = {"batch": 1, "tokens": 5, "heads": 2, "key": 3, "value":
 
 _DEEP_TINY: dict[str, Any] = {**_TINY, "value": 3, "hidden": 4}
 
-_CONV_TINY: dict[str, Any] = {"batch": 2, "tokens": 5, "channels": 3, "width": 3}
-
 CASES: tuple[Case, ...] = (
-    _conv("silu"),
-    _conv("linear", activation="none"),
-    _conv("tail", tail=True),
-    _conv("blocks", tokens=130, channels=130, tail=True),
-    _conv("one-token", tokens=1, tail=True),
-    _conv("no-token", tokens=0, tail=True),
-    _conv("no-batch", batch=0),
-    _conv("width-1", width=1, tail=True),
-    _conv("width-64", width=64, tokens=70, tail=True),
-    _conv("packed", batch=1, tokens=140, bounds=[0, 2, 2, 67, 68, 140], tail=True),
-    _conv("packed-nothing", batch=1, tokens=0, bounds=[0]),
-    _conv("tiny", tiny=True, **_CONV_TINY),
-    _conv("tail-tiny", tiny=True, tail=True, **_CONV_TINY),
-    _conv("linear-tiny", tiny=True, activation="none", tail=True, **_CONV_TINY),
-    _conv(
-        "packed-tiny",
-        tiny=True,
-        **{**_CONV_TINY, "batch": 1},
-        bounds=[0, 1, 5],
-        tail=True,
-    ),
     _titans("plain"),
     *(
         case

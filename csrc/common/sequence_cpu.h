@@ -1,6 +1,6 @@
 // Where a task's tokens are, and where its state is kept: the walk of one (sequence, head) in
 // segments, which end at chunk boundaries or after kSegment tokens, whichever comes first. Included
-// by each_isa_cpu.h through titans_cpu.h, once per instruction set.
+// by each_isa_cpu.h through a memory's kernel, once per instruction set.
 
 constexpr int64_t kSegment = 64;
 
@@ -11,14 +11,18 @@ struct Segment {
     bool new_chunk;
 };
 
-struct TitansSequence {
-    const TitansParams& p;
+// Params: a memory's, with chunk_size, checkpoint_every, position, cu_seqlens and the like.
+template <class Params>
+struct Sequence {
+    const Params& p;
+    const int64_t state_size;  // numbers in a checkpoint
     const int64_t sequence, head, batch;
     int64_t start, length;  // first token in its batch row, tokens
     int64_t offset;         // position within the first chunk
 
-    TitansSequence(const TitansParams& params, int64_t task)
+    Sequence(const Params& params, int64_t task, int64_t size_of_state)
         : p(params),
+          state_size(size_of_state),
           sequence(task / params.heads),
           head(task % params.heads),
           batch(params.cu_seqlens ? 0 : sequence),
@@ -32,10 +36,10 @@ struct TitansSequence {
     }
 
     // ---- sizes of scratch memory ----
-    static int64_t rows_at_most(const TitansParams& p) {
+    static int64_t rows_at_most(const Params& p) {
         return most(1, least(kSegment, least(p.chunk_size, p.tokens)));
     }
-    static int64_t segments_of_group(const TitansParams& p) {
+    static int64_t segments_of_group(const Params& p) {
         const int64_t chunks = least(most(p.checkpoint_every, 1), p.tokens / p.chunk_size + 2);
         const int64_t longest = least(p.chunk_size, most(p.tokens, 1));
         return chunks * ((longest + kSegment - 1) / kSegment);
@@ -93,7 +97,7 @@ struct TitansSequence {
     int64_t batch_token() const { return p.cu_seqlens ? start : sequence * p.tokens; }
     template <class T>
     T* slot(int64_t index) const {
-        return static_cast<T*>(p.checkpoints) + (index * p.heads + head) * titans_state_size(p);
+        return static_cast<T*>(p.checkpoints) + (index * p.heads + head) * state_size;
     }
     template <class T>
     T* checkpoint(int64_t chunk) const {  // of the chunk's start; null where none is taken
@@ -106,6 +110,6 @@ struct TitansSequence {
         const int64_t used = chunks() ? (chunks() - 1) / p.checkpoint_every : 0;
         const int64_t end = first_slot(sequence + 1, batch_token() + length);
         for (int64_t index = first_slot(sequence, batch_token()) + used; index < end; index++)
-            __builtin_memset(slot<T>(index), 0, titans_state_size(p) * sizeof(T));
+            __builtin_memset(slot<T>(index), 0, state_size * sizeof(T));
     }
 };
