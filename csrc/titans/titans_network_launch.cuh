@@ -115,7 +115,7 @@ struct NetworkKernels {
         for_network<E, Kernel>(p, [&](const NetworkPlan& plan, auto kernel) {
             NetworkMemory memory = plan.memory;
             memory.scratch = static_cast<float*>(scratch);
-            launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kNetworkThreads),
+            launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLayerThreads),
                    plan.shared_bytes, static_cast<cudaStream_t>(stream), p, memory);
         });
     }
