@@ -17,13 +17,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from backends import NARROW
-from laws import assert_as_good_as_torch, torchs_errors
+from laws import Bound, assert_as_good_as_torch, torchs_errors
 
 import hope_ext
 from hope_ext import testing
@@ -61,13 +61,20 @@ def _conv(name: str, **options) -> Case:
 
 def instances() -> Iterator[Instance]:
     for dtype in NARROW:
-        for key, value, other in ((16, 64, 16), (32, 16, 128), (64, 128, 32), (128, 32, 64)):
+        for key, value, other, way in (
+            (16, 64, 16, {}),
+            (32, 16, 128, {"read": "before"}),
+            (64, 128, 32, {"objective": "dot", "momentum": False, "decay": False}),
+            (128, 32, 64, {"read": "chunk"}),
+        ):
             size = {"key": key, "value": value}
             yield Instance(
                 _titans(f"chunks-{key}x{value}", batch=1, tokens=41, **size), dtype, BUSY
             )
             steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
-            yield Instance(_titans(f"step-{key}x{value}", **steps, **size), dtype, BUSY, False)
+            yield Instance(
+                _titans(f"step-{key}x{value}", **steps, **size, **way), dtype, BUSY, False
+            )
             # Two segments in a chunk, or more; the second sequence goes on inside one.
             packed = {"bounds": [0, 20, 110], "positions": [0, 70]}
             yield Instance(
@@ -76,7 +83,14 @@ def instances() -> Iterator[Instance]:
                 dtype,
                 SMALL,
             )  # fmt: skip
-        size = {"key": 16, "value": 32}
+        # Sequences that are empty, that end in the chunk they begin in, or just where one ends.
+        bounds = {"bounds": [0, 3, 3, 20, 36, 75], "positions": [12, 4, 31, 16, 7]}
+        for read in ("after", "before", "chunk"):
+            yield Instance(
+                _titans(f"bounds_{read}-16x16", batch=1, tokens=75, read=read, **bounds), dtype, {}
+            )
+        # States are kept at every third chunk or so; a window holds several such stretches.
+        yield Instance(_titans("stretches-16x16", batch=1, tokens=102, chunk_size=4), dtype, {})
         for read in ("before", "chunk"):
             plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
             yield Instance(_titans(f"plain-{read}", batch=1, tokens=33, **plain), dtype, IDLE)
@@ -84,6 +98,38 @@ def instances() -> Iterator[Instance]:
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
+
+
+def check(
+    match: str,
+    seeds: Iterable[int],
+    bounds: Mapping[str, list[Bound]],
+    *,
+    backward: bool = True,
+) -> None:
+    """Runs the instances whose names match in the loaded library; raises at the first mistake.
+
+    ``bounds`` are those of some instances, by name; the others' are computed.
+    """
+    for instance in instances():
+        name, (case, dtype, device, trains) = str(instance), instance
+        if not re.search(match, name):
+            continue
+        known = bounds.get(name)
+        if trains and not backward:
+            trains, known = False, known and [b for b in known if "without gradient" in b.name]
+        for seed in seeds:
+            settings = {**device, "EMULATOR_SEED": str(seed)}
+            before = {setting: os.environ.get(setting) for setting in settings}
+            os.environ.update(settings)
+            print(f"{name}, seed {seed}", end=": ", flush=True)
+            begin = time.monotonic()
+            assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known)
+            print(f"{time.monotonic() - begin:.1f} s")
+            for setting, value in before.items():
+                os.environ.pop(setting, None)
+                if value is not None:
+                    os.environ[setting] = value
 
 
 def main() -> int:
@@ -94,29 +140,16 @@ def main() -> int:
     parser.add_argument("--match", default="")
     options = parser.parse_args()
     testing.use_emulated(options.library)
-    kept = options.bounds and options.bounds.exists()
-    bounds = torch.load(options.bounds, weights_only=False) if kept else {}
-    for instance in instances():
-        name, (case, dtype, device, trains) = str(instance), instance
-        if options.bounds and not kept:
+    bounds = {}
+    if options.bounds and options.bounds.exists():
+        bounds = torch.load(options.bounds, weights_only=False)
+    elif options.bounds:
+        for instance in instances():
+            case, dtype, _, trains = instance
             arguments = case.make(dtype, "cpu")
-            bounds[name] = torchs_errors(case, arguments, dtype, trains=trains)
-        if not re.search(options.match, name):
-            continue
-        for seed in options.seeds:
-            settings = {**device, "EMULATOR_SEED": str(seed)}
-            before = {setting: os.environ.get(setting) for setting in settings}
-            os.environ.update(settings)
-            print(f"{name}, seed {seed}", end=": ", flush=True)
-            begin = time.monotonic()
-            assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=bounds.get(name))
-            print(f"{time.monotonic() - begin:.1f} s")
-            for setting, value in before.items():
-                os.environ.pop(setting, None)
-                if value is not None:
-                    os.environ[setting] = value
-    if options.bounds and not kept:
+            bounds[str(instance)] = torchs_errors(case, arguments, dtype, trains=trains)
         torch.save(bounds, options.bounds)
+    check(options.match, options.seeds, bounds)
     return 0
 
 

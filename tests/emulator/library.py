@@ -42,7 +42,8 @@ def make(
 
     Args:
         variant: of the kernels, see ``build``; sanitizers do not look at the host code.
-        instead: other files for some of ``kernels()``. What headers define comes from these.
+        instead: other files for some of ``kernels()``, sources or what ``build.compile_object``
+            made of them. What headers define comes from these.
         csrc: where they find the project's headers.
 
     Raises:
@@ -54,9 +55,11 @@ def make(
     instead = instead or {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # The linker keeps the first of equal inline functions.
-        tasks = [pool.submit(compiled, other, variant, csrc=csrc) for other in instead.values()]
+        sources = [other for other in instead.values() if other.suffix != ".o"]
+        tasks = [pool.submit(compiled, source, variant, csrc=csrc) for source in sources]
         tasks += [pool.submit(compiled, source, include=include) for source in host]
         tasks += [pool.submit(compiled, s, variant) for s in kernels() if s not in instead]
-        objects = [task.result() for task in tasks]
+        objects = [other for other in instead.values() if other.suffix == ".o"]
+        objects += [task.result() for task in tasks]
     link = [f"-L{libraries}", *(f"-l{library}" for library in LIBRARIES)]
     return build.build(objects, variant, shared=True, link=link)
