@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +37,7 @@ def make(
     *,
     instead: Mapping[Path, Path] | None = None,
     csrc: Path = build.ROOT / "csrc",
+    link: Iterable[str] = (),
 ) -> Path:
     """Builds the library.
 
@@ -45,6 +46,7 @@ def make(
         instead: other files for some of ``kernels()``, sources or what ``build.compile_object``
             made of them. What headers define comes from these.
         csrc: where they find the project's headers.
+        link: further arguments for the linker.
 
     Raises:
         build.Unavailable, build.CompileError
@@ -61,5 +63,5 @@ def make(
         tasks += [pool.submit(compiled, s, variant) for s in kernels() if s not in instead]
         objects = [other for other in instead.values() if other.suffix == ".o"]
         objects += [task.result() for task in tasks]
-    link = [f"-L{libraries}", *(f"-l{library}" for library in LIBRARIES)]
+    link = [f"-L{libraries}", *(f"-l{library}" for library in LIBRARIES), *link]
     return build.build(objects, variant, shared=True, link=link)

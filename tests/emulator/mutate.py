@@ -46,6 +46,8 @@ INSTANCES = build.HERE / "instances.py"
 PRIMITIVES = {Path("common/primitives.cuh"), Path("common/launch.cuh")}  # they have self-tests
 # Compiling is most of the work; nobody debugs a mutant.
 FLAGS = ("-O1", "-g0")
+LINK = ("-Wl,--strip-debug",)
+FAST_LINKER = "-fuse-ld=gold"
 HEADERS = ("<algorithm>", "<cuda_runtime.h>", "<cuda_bf16.h>", "<cuda_fp16.h>", '"cuda_emulator.h"')
 KEYS, DTYPES = (16, 32, 64, 128), ("float32", "bfloat16", "float16")
 
@@ -203,6 +205,7 @@ class Workshop:
     def __init__(self, folder: Path, bounds: Path) -> None:
         self.copies, self.bounds_file = {}, bounds
         self.bounds = torch.load(bounds, weights_only=False)
+        self.link = [*LINK, *([FAST_LINKER] if build.supports(FAST_LINKER) else [])]
         self.options = compiling()
         self.options["flags"] += build.precompile(HEADERS, folder, **self.options)
         for number, stage in enumerate(STAGES):
@@ -269,7 +272,7 @@ class Workshop:
         try:
             if before and all(before[s].read_bytes() == o.read_bytes() for s, o in objects.items()):
                 return SAME_CODE
-            made = library.make(stage.variant, instead=objects)
+            made = library.make(stage.variant, instead=objects, link=self.link)
             problem = self.try_instances(made, stage, f"(?=^{stem_of(file)}){stage.match}")
             return problem or (self.try_tests(made, stem_of(file)) if stage.tests else None)
         finally:
