@@ -64,7 +64,7 @@ def instances() -> Iterator[Instance]:
         for key, value, other, way in (
             (16, 64, 16, {}),
             (32, 16, 128, {"read": "before"}),
-            (64, 128, 32, {"objective": "dot", "momentum": False, "decay": False}),
+            (64, 128, 64, {"objective": "dot", "momentum": False, "decay": False}),
             (128, 32, 64, {"read": "chunk"}),
         ):
             size = {"key": key, "value": value}
@@ -85,15 +85,19 @@ def instances() -> Iterator[Instance]:
             )  # fmt: skip
         # Sequences that are empty, that end in the chunk they begin in, or just where one ends.
         bounds = {"bounds": [0, 3, 3, 20, 36, 75], "positions": [12, 4, 31, 16, 7]}
-        for read in ("after", "before", "chunk"):
+        for read, device in (("after", {}), ("before", SMALL), ("chunk", {})):
             yield Instance(
-                _titans(f"bounds_{read}-16x16", batch=1, tokens=75, read=read, **bounds), dtype, {}
+                _titans(f"bounds_{read}-16x16", batch=1, tokens=75, read=read, **bounds),
+                dtype,
+                device,
             )
         # States are kept at every third chunk or so; a window holds several such stretches.
-        yield Instance(_titans("stretches-16x16", batch=1, tokens=102, chunk_size=4), dtype, {})
+        yield Instance(_titans("stretches-16x16", batch=2, tokens=66, chunk_size=4), dtype, {})
         for read in ("before", "chunk"):
             plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
-            yield Instance(_titans(f"plain-{read}", batch=1, tokens=33, **plain), dtype, IDLE)
+            yield Instance(
+                _titans(f"plain-{read}", batch=1, tokens=33, value=32, **plain), dtype, IDLE
+            )
         for width in (2, 3, 4, 1, 9):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
