@@ -98,9 +98,13 @@ def instances() -> Iterator[Instance]:
             yield Instance(
                 _titans(f"plain-{read}", batch=1, tokens=33, value=32, **plain), dtype, IDLE
             )
-        for width in (2, 3, 4, 1, 9):
+        for width in (2, 3, 4, 1, 9, 64):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
+        for width in (4, 9):  # several blocks, over channels and over segments
+            yield Instance(
+                _conv(f"blocks-{width}", width=width, batch=1, tokens=140, channels=132), dtype, {}
+            )
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
 
 
