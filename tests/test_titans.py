@@ -1,5 +1,6 @@
 """Facts of the Titans memory: carried states, packed sequences, special cases, torch, refusals."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -505,6 +506,16 @@ def test_the_operator_without_an_anchor_takes_the_weights(backend, length):
     expected = titans.titans(*tensors, *options)
     tensors[anchor] = None
     all_close(titans.titans(*tensors, *options), expected)
+
+
+@each_backend
+def test_positions_below_zero_count_chunks_too(backend):
+    """Nobody gives them on purpose, and nobody looks: no other memory may be read for them."""
+    a = make(backend, torch.float32, positions=[5, 0])
+    expected = hope_ext.titans_memory(**a)
+    position = torch.tensor([5 - 32, -16], device=device_of(backend))
+    a["state"] = dataclasses.replace(a["state"], position=position)
+    close(hope_ext.titans_memory(**a), expected)
 
 
 def test_refuses_states_that_do_not_fit():

@@ -29,6 +29,7 @@ struct TitansSequence {
             length = most(0, least(p.tokens, p.cu_seqlens[sequence + 1]) - start);
         }
         offset = p.position ? p.position[sequence] % p.chunk_size : 0;
+        if (offset < 0) offset += p.chunk_size;  // of a position that nobody has looked at
     }
 
     // ---- sizes of scratch memory ----

@@ -75,8 +75,9 @@ def instances() -> Iterator[Instance]:
             yield Instance(
                 _titans(f"step-{key}x{value}", **steps, **size, **way), dtype, BUSY, False
             )
-            # Two segments in a chunk, or more; the second sequence goes on inside one.
-            packed = {"bounds": [0, 20, 110], "positions": [0, 70]}
+            # Two segments in a chunk, or more; the second sequence goes on inside one and ends
+            # inside the next.
+            packed = {"bounds": [0, 20, 110], "positions": [0, 30]}
             yield Instance(
                 _titans(f"packed-{key}x{other}", batch=1, tokens=110, key=key, value=other,
                         chunk_size=80, read="before", **packed),
@@ -87,16 +88,20 @@ def instances() -> Iterator[Instance]:
         bounds = {"bounds": [0, 3, 3, 20, 36, 75], "positions": [12, 4, 31, 16, 7]}
         for read, device in (("after", {}), ("before", SMALL), ("chunk", {})):
             yield Instance(
-                _titans(f"bounds_{read}-16x16", batch=1, tokens=75, read=read, **bounds),
+                _titans(f"bounds_{read}-32x16", batch=1, tokens=75, key=32, read=read, **bounds),
                 dtype,
                 device,
             )
         # States are kept at every third chunk or so; a window holds several such stretches.
-        yield Instance(_titans("stretches-16x16", batch=2, tokens=66, chunk_size=4), dtype, {})
+        yield Instance(
+            _titans("stretches-32x16", batch=2, tokens=66, key=32, chunk_size=4), dtype, {}
+        )
         for read in ("before", "chunk"):
             plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
             yield Instance(
-                _titans(f"plain-{read}", batch=1, tokens=33, value=32, **plain), dtype, IDLE
+                _titans(f"plain_{read}-32x32", batch=1, tokens=33, key=32, value=32, **plain),
+                dtype,
+                IDLE,
             )
         for width in (2, 3, 4, 1, 9, 64):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}

@@ -71,7 +71,7 @@ class Stage:
     def match(self) -> str:
         """The instances, for ``instances.check``."""
         keys, dtypes = ("|".join(map(str, some)) for some in (self.keys, self.dtypes))
-        return rf"^(conv|titans-(plain|\w+-({keys})x)).*-({dtypes})$"
+        return rf"^(conv|titans-\w+-({keys})x).*-({dtypes})$"
 
     def left_out(self) -> list[tuple[Path, str]]:
         """Files within csrc, and what takes the other instances from them."""
@@ -89,7 +89,7 @@ class Stage:
 
 
 FEW = {"keys": (16, 128), "dtypes": ("bfloat16",)}
-FIRST = {"keys": (16,), "dtypes": ("float32",), "seeds": (1, 2)}
+FIRST = {"keys": (32,), "dtypes": ("float32",), "seeds": (1, 2)}
 STAGES = (
     Stage("forward", 20, **FIRST, backward=False),
     Stage("first instances", 30, **FIRST),
@@ -199,12 +199,14 @@ def compiling() -> dict[str, list[str]]:
 
 
 SAME_CODE = "changes no code"
+EVERYTHING = Path("common/tile.cuh")  # all kernels include it
 
 
 class Workshop:
     """Copies of csrc, one for each stage, in which one line at a time is changed."""
 
     def __init__(self, folder: Path, bounds: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.copies, self.bounds_file = {}, bounds
         self.bounds = torch.load(bounds, weights_only=False)
         self.link = [*LINK, *([FAST_LINKER] if build.supports(FAST_LINKER) else [])]
@@ -233,7 +235,7 @@ class Workshop:
             before = self.compiled(stage, mutant.file) if whole else {}
             try:
                 file.write_text("\n".join(lines) + "\n")
-                problem = self.try_out(stage, mutant.file, before)
+                problem = self.try_out(stage, mutant.file, before, tests=stage.tests)
             except build.CompileError:
                 problem = "does not compile"
             finally:
@@ -265,7 +267,9 @@ class Workshop:
             }
         return {source: task.result() for source, task in tasks.items()}
 
-    def try_out(self, stage: Stage, file: Path, before: Mapping[Path, Path]) -> str | None:
+    def try_out(
+        self, stage: Stage, file: Path, before: Mapping[Path, Path], *, tests: bool
+    ) -> str | None:
         """What is wrong, or None. `before`: the objects without the change, if that is of interest.
 
         What is compiled here is thrown away again: thousands of mutants would fill the disk.
@@ -276,7 +280,7 @@ class Workshop:
                 return SAME_CODE
             made = library.make(stage.variant, instead=objects, link=self.link)
             problem = self.try_instances(made, stage, f"(?=^{stem_of(file)}){stage.match}")
-            return problem or (self.try_tests(made, stem_of(file)) if stage.tests else None)
+            return problem or (self.try_tests(made, stem_of(file)) if tests else None)
         finally:
             for source, output in objects.items():
                 if before.get(source) != output:
@@ -388,11 +392,15 @@ def kernel_files() -> list[Path]:
     return sorted(file for file in files - PRIMITIVES if file.suffix in (".cu", ".cuh"))
 
 
-def as_they_are(bounds: Path) -> None:
+def as_they_are(folder: Path, bounds: Path, stages: Iterable[Stage]) -> None:
     """The kernels without a change pass; leaves what the definitions give in `bounds`."""
-    command = [sys.executable, INSTANCES, library.make(), "--bounds", bounds]
-    said = within(functools.partial(build.run, command), 400, ENVIRONMENT)
-    if problem := verdict(said):
+    command = [sys.executable, INSTANCES, library.make(), "--bounds", bounds, "--match", "^$"]
+    problem = verdict(within(functools.partial(build.run, command), 400, ENVIRONMENT))
+    if not problem:
+        workshop = Workshop(folder, bounds)
+        problems = (workshop.try_out(stage, EVERYTHING, {}, tests=False) for stage in stages)
+        problem = next(filter(None, problems), None)
+    if problem:
         raise SystemExit(f"the kernels as they are: {problem}")
 
 
@@ -444,7 +452,7 @@ def main() -> int:
     begin, survivors, same, tried = time.monotonic(), [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
         bounds = Path(folder, "bounds.pt")
-        as_they_are(bounds)
+        as_they_are(Path(folder, "as-they-are"), bounds, stages)
         start = (Path(folder), bounds, stages, begin + 60 * options.minutes)
         with multiprocessing.get_context("fork").Pool(options.jobs, Worker.start, start) as pool:
             for mutant, was_tried, caught in pool.imap_unordered(Worker.judge, todo):
