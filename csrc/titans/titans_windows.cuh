@@ -29,7 +29,7 @@ struct TitansWindow {
     struct Chunks {
         int first, last;
         bool starts, ends;  // its start is in the window, its end
-        DEVICE bool any() const { return starts || ends || first < last; }
+        DEVICE bool any() const { return starts || first < last; }  // also an empty sequence
     };
 
     __host__ __device__ static int rows(const TitansParams& p) {
