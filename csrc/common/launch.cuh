@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cxxabi.h>
@@ -58,6 +59,18 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
 }
+
+inline size_t shared_bytes_of_a_block() {
+    return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// A type, or a number, as an argument: for the choice of a kernel's instance.
+template <class T>
+struct Type {
+    using type = T;
+};
+template <int N>
+using Constant = std::integral_constant<int, N>;
 
 // Launches kernel(arguments...) and returns without waiting for it. Throws std::runtime_error with
 // the kernel's name and CUDA's message; an error of an earlier, asynchronous kernel may surface

@@ -22,7 +22,7 @@ def selfmod_inputs(
     tokens: int = 37,
     heads: int = 2,
     dim: int = 16,
-    hidden: int | None = 24,
+    hidden: int | None = 32,
     chunk_size: int = 16,
     lr_max: float = 1.0,
     lr_bias: float = -2.0,
@@ -95,9 +95,13 @@ def selfmod_flops(tokens: int, heads: int, dim: int, hidden: int, chunk_size: in
     return tokens * heads * (70 * dim * hidden + 10 * chunk_size * hidden + 2 * chunk_size * dim)
 
 
+CUDA_HEAD_SIZES = {16, 32, 64, 128}  # csrc/selfmod/selfmod_cuda.h
+
+
 def _selfmod(name: str, *, tiny: bool = False, **options: Any) -> Case:
     make = functools.partial(selfmod_inputs, **options)
-    return Case("selfmod", name, hope_ext.self_modifying_memory, make, tiny, cuda=False)
+    cuda = options.get("dim", 16) in CUDA_HEAD_SIZES and (options.get("hidden") or 16) % 16 == 0
+    return Case("selfmod", name, hope_ext.self_modifying_memory, make, tiny, cuda=cuda)
 
 
 _TINY: dict[str, Any] = {
@@ -108,7 +112,7 @@ _TINY: dict[str, Any] = {
 CASES: tuple[Case, ...] = (
     *(
         case
-        for kind, hidden in (("linear", None), ("deep", 24))
+        for kind, hidden in (("linear", None), ("deep", 32))
         for objective in ("l2", "dot")
         for read in ("after", "before", "chunk")
         for case in (
