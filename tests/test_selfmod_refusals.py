@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 import hope_ext
-from hope_ext import testing
 from hope_ext.testing import selfmod_inputs
 
 
@@ -146,16 +144,3 @@ def test_refuses_states_that_do_not_fit():
             hope_ext.self_modifying_memory(**arguments, state=given)
     # A state that does not say its chunk size fits any.
     hope_ext.self_modifying_memory(**{**a, "chunk_size": 8}, state=replace(state, chunk_size=None))
-
-
-def test_on_cuda_the_error_says_what_is_missing():
-    """Until there are kernels: an error, never a wrong result. Fake tensors are on any device."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        arguments = selfmod_inputs(torch.float32, "cuda")
-        with pytest.raises(ValueError, match="x: expected a tensor on the CPU, got one on cuda"):
-            hope_ext.self_modifying_memory(**arguments)
-
-
-def test_it_has_no_operator_for_other_devices(emulated):
-    with testing.backend("emulated"), pytest.raises(NotImplementedError, match="selfmod"):
-        hope_ext.self_modifying_memory(**make())

@@ -19,6 +19,9 @@
 #define DEVICE __device__ __forceinline__
 // A device function that is called: what it needs takes no registers from its caller's other parts.
 #define DEVICE_CALL __device__ __noinline__
+// Before a kernel's struct of params: functions that are given it by reference read it where it is,
+// without a copy for every thread.
+#define GRID_CONSTANT __grid_constant__
 // A static shared array of `count` elements.
 #define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 // Last parameter of a primitive; emulated, it records the line that called the primitive. PASS_SITE
@@ -30,6 +33,7 @@
 
 #define DEVICE inline
 #define DEVICE_CALL inline
+#define GRID_CONSTANT
 #define SHARED_ARRAY EMULATED_SHARED_ARRAY
 #define CALL_SITE , ::emulator::Site site = ::emulator::Site::here()
 #define PASS_SITE , site

@@ -162,6 +162,9 @@ std::vector<int64_t> checkpoint_sizes(const SelfmodParams& p, int64_t batch) {
 // fit the device's shared memory.
 Tensor cuda_scratch(const Inputs& in, int64_t (*bytes_of)(const SelfmodParams&)) {
     const int64_t bytes = bytes_of(in.params);
+    TORCH_CHECK_VALUE(bytes >= 0 || in.params.memory_layers == 2, "x: a head size of ",
+                      in.params.dim, " needs more shared memory than this device has in ",
+                      in.x.scalar_type());
     SelfmodParams smaller = in.params;
     int64_t& hidden = smaller.hidden_dim[0];
     for (const int64_t other : in.params.hidden_dim) hidden = std::max(hidden, other);

@@ -168,7 +168,7 @@ class SelfmodBackwardWalk {
 
 template <class E, int D, int Tokens, int Layers>
 __global__ void __launch_bounds__(kLayerThreads, 1)
-    selfmod_bwd_kernel(const SelfmodParams p, const LayerMemory memory) {
+    selfmod_bwd_kernel(GRID_CONSTANT const SelfmodParams p, const LayerMemory memory) {
     using Layout = SelfmodGradientsLayout<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());
     float* scratch = memory.of_block();

@@ -16,7 +16,7 @@ namespace {
 
 template <class E, int D, int Tokens, int Layers>
 __global__ void __launch_bounds__(kLayerThreads, 1)
-    selfmod_fwd_kernel(const SelfmodParams p, const LayerMemory memory) {
+    selfmod_fwd_kernel(GRID_CONSTANT const SelfmodParams p, const LayerMemory memory) {
     using Layout = SelfmodLayout<E, D, Tokens, Layers>;
     using Walk = SelfmodSegment<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());

@@ -20,62 +20,10 @@
 //
 //   solve         (I + L)^-T dY | dL, what b' receives, dK and dV
 #pragma once
+#include "common/layer_gradients.cuh"
 #include "selfmod/selfmod_segment.cuh"
 
 namespace hope {
-
-template <class E, int D, int Tokens, int Layers>
-struct SelfmodGradientsLayout {
-    using Forward = SelfmodLayout<E, D, Tokens, Layers>;
-    using Tiles = typename Forward::Tiles;
-
-    Forward forward;
-    SelfmodMatrices *d_state, *d_anchor;
-    typename Tiles::ByToken d_o, d_e;        // d_e: of an error, or of what an input gave
-    typename Tiles::ByFeature d_r, d_u;      // d_r: solved; one layer: of R
-    typename Tiles::ByFeature d_y;           // one layer: of Y, solved [2 D][Tokens]
-    typename Tiles::Square last_scores;      // A * HQ H^T
-    typename Tiles::Square d_first, d_last;  // dX of the layers
-    float* d_system;                         // [Tokens][kScoreStride]
-    float *d_k, *d_v, *d_x;                  // [Tokens][kSumStride]
-    float* d_raw;                            // [2][Tokens] of what lr and retention gave
-    float* d_bias;                           // [2] their sums over all tokens
-
-    __host__ __device__ SelfmodGradientsLayout(TileCarver& tiles, const SelfmodParams& p)
-        : SelfmodGradientsLayout(tiles.shared(), tiles, p) {
-        d_r.data = tiles.template take<E>(
-            Forward::elements(Layers == 2 ? Forward::hidden_rows(p) : p.dim));
-        if (Layers == 1) {
-            d_y.data = tiles.template take<E>(Forward::elements(2 * p.dim));
-            last_scores = forward.scores, d_last = d_first;
-            return;
-        }
-        d_u.data = tiles.template take<E>(Forward::elements(Forward::hidden_rows(p)));
-        last_scores.data = tiles.template take<E>(Tokens * Tiles::kScoreStride);
-        d_last.data = tiles.template take<E>(Tokens * Tiles::kScoreStride);
-    }
-
- private:
-    __host__ __device__ SelfmodGradientsLayout(SharedCarver& carver, TileCarver& tiles,
-                                               const SelfmodParams& p)
-        : forward(tiles, p, true),
-          d_state(carver.take<SelfmodMatrices>(2)),
-          d_anchor(d_state + 1),
-          d_o{carver.take<E>(Tokens * (D + kRowPadding))},
-          d_e{carver.take<E>(Tokens * (D + kRowPadding))},
-          d_r{},
-          d_u{},
-          d_y{},
-          last_scores{},
-          d_first{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          d_last{},
-          d_system(carver.take<float>(Tokens * Tiles::kScoreStride)),
-          d_k(tiles.template take<float>(Tokens * Tiles::kSumStride)),
-          d_v(tiles.template take<float>(Tokens * Tiles::kSumStride)),
-          d_x(tiles.template take<float>(Tokens * Tiles::kSumStride)),
-          d_raw(carver.take<float>(2 * Tokens)),
-          d_bias(carver.take<float>(2)) {}
-};
 
 template <class E, int D, int Tokens, int Layers>
 class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradients<E, D, Tokens>> {

@@ -226,7 +226,7 @@ class BackwardWalk {
 
 template <class E, int D, int Tokens, int Layers>
 __global__ void __launch_bounds__(kLayerThreads, 1)
-    titans_network_bwd_kernel(const TitansParams p, const LayerMemory memory) {
+    titans_network_bwd_kernel(GRID_CONSTANT const TitansParams p, const LayerMemory memory) {
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());
     float* scratch = memory.of_block();

@@ -16,7 +16,7 @@ namespace {
 
 template <class E, int D, int Tokens, int Layers>
 __global__ void __launch_bounds__(kLayerThreads, 1)
-    titans_network_fwd_kernel(const TitansParams p, const LayerMemory memory) {
+    titans_network_fwd_kernel(GRID_CONSTANT const TitansParams p, const LayerMemory memory) {
     using Layout = NetworkLayout<E, D, Tokens, Layers>;
     using Walk = NetworkSegment<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());
