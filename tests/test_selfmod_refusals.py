@@ -57,12 +57,12 @@ def memories(**changes):
         (
             {"memories": memories(lr=lambda m: (m[0], m[1].expand(-1, -1, 16)))},
             ValueError,
-            r"memories.lr\[1\]: expected shape \[H, F, 1\] = \[2, 24, 1\], got \[2, 24, 16\]",
+            r"memories.lr\[1\]: expected shape \[H, F, 1\] = \[2, 32, 1\], got \[2, 32, 16\]",
         ),
         (
             {"memories": memories(v=lambda m: (m[0][:, 1:], m[1]))},
             ValueError,
-            r"memories.v\[0\]: expected shape \[H, D, F\] = \[2, 16, 24\], got \[2, 15, 24\]",
+            r"memories.v\[0\]: expected shape \[H, D, F\] = \[2, 16, 32\], got \[2, 15, 32\]",
         ),
         (
             {"memories": memories(memory=lambda m: (m[0][..., :0], m[1][:, :0]))},
@@ -126,7 +126,7 @@ def test_refuses_states_that_do_not_fit():
     for arguments, given, error, message in (
         (a, linear, ValueError, "state.weights.k: expected a tuple of 2 tensors, like memories.k"),
         (a, replace(state, anchor=None), TypeError, "state.anchor: expected a SelfModifyingWei"),
-        (one_row, state, ValueError, r"state.weights.k\[0\]: expected shape .* = \[1, 2, 16, 24\]"),
+        (one_row, state, ValueError, r"state.weights.k\[0\]: expected shape .* = \[1, 2, 16, 32\]"),
         (
             a,
             replace(state, position=state.position.int()),
