@@ -36,7 +36,7 @@ train: $(built)
 	$(VENV)/bin/hope train $(ARGS)
 
 test: lint $(built)
-	$(python) -m pytest $(ARGS)
+	$(python) tests/side_by_side.py $(ARGS)
 
 bench: $(built)
 	$(python) -m benchmarks.ops --op titans $(ARGS)

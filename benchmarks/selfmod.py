@@ -19,7 +19,17 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 import hope_ext
-from benchmarks.subjects import BACKWARD, FORWARD, TRAINING, Contest, Operator, Row, Setting, Subject, Work
+from benchmarks.subjects import (
+    BACKWARD,
+    FORWARD,
+    TRAINING,
+    Contest,
+    Operator,
+    Row,
+    Setting,
+    Subject,
+    Work,
+)
 from hope_ext import testing
 
 REFERENCE_TOKENS = 64

@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import side_by_side
 import torch
 from emulator import build, library
 
 from hope_ext import testing
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items) -> None:
+    if part := os.environ.get(side_by_side.PART):
+        items[:] = side_by_side.of_part(items, part)
 
 
 @pytest.fixture(scope="session")

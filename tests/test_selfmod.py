@@ -284,9 +284,7 @@ def test_exact_at_the_extremes_of_the_gates(kind, backend, repeats, retention_bi
 
     def results(arguments, device="cpu"):
         arguments = _pytree.tree_map(
-            lambda x: (
-                x.detach().to(device).requires_grad_() if isinstance(x, torch.Tensor) else x
-            ),
+            lambda x: x.detach().to(device).requires_grad_() if isinstance(x, torch.Tensor) else x,
             arguments,
         )
         out, state = run(arguments, return_state=True)
