@@ -58,6 +58,20 @@ HOPE_SCHEMAS(m) {
         "position, Tensor? cu_seqlens, Tensor checkpoints, int chunk_size, float lr_max, str "
         "activation, str objective, str read, int checkpoint_every) -> (Tensor x, Tensor q, "
         "Tensor[] weights, Tensor lr_bias, Tensor retention_bias, Tensor[] anchor)");
+    // The continuum memory system (docs/ops/cms.md): weights w and pending gradients p of its two
+    // layers, [N, ., .]. States are returned with 0 elements unless keeps_state, checkpoints with
+    // checkpoint_every 0.
+    m.def(
+        "cms(Tensor x, Tensor target, Tensor lr, Tensor w1, Tensor w2, Tensor? p1, Tensor? p2, "
+        "Tensor? position, Tensor? cu_seqlens, int chunk_size, str activation, str objective, "
+        "float decay, bool residual, bool keeps_state, int checkpoint_every) -> (Tensor y, Tensor "
+        "w1, Tensor w2, Tensor p1, Tensor p2, Tensor checkpoints)");
+    m.def(
+        "cms_backward(Tensor? d_y, Tensor? d_w1, Tensor? d_w2, Tensor? d_p1, Tensor? d_p2, Tensor "
+        "x, Tensor target, Tensor lr, Tensor w1, Tensor w2, Tensor? p1, Tensor? p2, Tensor? "
+        "position, Tensor? cu_seqlens, Tensor checkpoints, int chunk_size, str activation, str "
+        "objective, float decay, bool residual, int checkpoint_every) -> (Tensor x, Tensor target,"
+        " Tensor lr, Tensor w1, Tensor w2, Tensor p1, Tensor p2)");
 }
 
 #ifndef HOPE_EMULATED

@@ -6,17 +6,21 @@ Functions on tensors, each with native kernels and a definition in plain PyTorch
 
 from hope_ext._build import build_info, kernel_report
 from hope_ext._load import has_cuda_kernels
+from hope_ext.cms import CmsState, cms_chain, cms_memory
 from hope_ext.conv import causal_conv
 from hope_ext.selfmod import SelfModifyingState, SelfModifyingWeights, self_modifying_memory
 from hope_ext.titans import TitansState, titans_memory
 
 __version__ = "0.1.0"
 __all__ = [
+    "CmsState",
     "SelfModifyingState",
     "SelfModifyingWeights",
     "TitansState",
     "build_info",
     "causal_conv",
+    "cms_chain",
+    "cms_memory",
     "has_cuda_kernels",
     "kernel_report",
     "self_modifying_memory",

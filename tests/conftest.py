@@ -56,7 +56,7 @@ def backend(request) -> Iterator[str]:
 
 
 # Models, and definitions in PyTorch, so small that threads would only wait for each other.
-ONE_THREAD = ("test_hope_", "test_ops", "test_selfmod")
+ONE_THREAD = ("test_hope_", "test_ops", "test_selfmod", "test_cms")
 
 
 @pytest.fixture(autouse=True)

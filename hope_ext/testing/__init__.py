@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 
 from hope_ext import _load
+from hope_ext.reference import cms as cms_reference
 from hope_ext.reference import selfmod as selfmod_reference
 from hope_ext.reference import titans as titans_reference
-from hope_ext.testing import conv, selfmod, titans
+from hope_ext.testing import cms, conv, selfmod, titans
 from hope_ext.testing.case import Case
+from hope_ext.testing.cms import cms_chain_inputs, cms_flops, cms_inputs
 from hope_ext.testing.conv import conv_inputs
 from hope_ext.testing.selfmod import selfmod_flops, selfmod_inputs
 from hope_ext.testing.titans import CUDA_HEAD_SIZES, titans_flops, titans_inputs
@@ -38,6 +40,9 @@ __all__ = [
     "CUDA_HEAD_SIZES",
     "Case",
     "backend",
+    "cms_chain_inputs",
+    "cms_flops",
+    "cms_inputs",
     "conv_inputs",
     "selfmod_flops",
     "selfmod_inputs",
@@ -46,7 +51,7 @@ __all__ = [
     "use_emulated",
 ]
 
-CASES: tuple[Case, ...] = (*conv.CASES, *titans.CASES, *selfmod.CASES)
+CASES: tuple[Case, ...] = (*conv.CASES, *titans.CASES, *selfmod.CASES, *cms.CASES)
 
 BACKENDS = ("reference", "rounded", "cpu", "cuda", "emulated")
 _EMULATED = "hope_emulated"  # csrc/common/library.h
@@ -71,6 +76,7 @@ def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[Non
             for module, operator, chunked in (
                 (titans_reference, "titans", titans_reference.titans_network_chunked),
                 (selfmod_reference, "selfmod", selfmod_reference.selfmod_chunked),
+                (cms_reference, "cms", cms_reference.cms),
             ):
                 rounded = functools.partial(chunked, product_dtype=product_dtype)
                 stack.callback(setattr, module, operator, getattr(module, operator))
