@@ -181,7 +181,7 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
         (128, 32, {}),
         (128, 16, SMALL),
         (32, None, {}),
-        (64, None, TIGHT),
+        (64, None, SMALL),
         (128, None, {}),
         (128, None, SMALL),
     ):
