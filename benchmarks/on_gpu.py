@@ -65,7 +65,7 @@ def run_case(case: Case, dtype: torch.dtype, device: str) -> None:
         lambda x: x.requires_grad_() if _is_float(x) else x, case.make(dtype, device)
     )
     with testing.backend(device):
-        outputs = case.function(**{**arguments, case.everything: True})
+        outputs = case.function(**case.returning_everything(arguments))
     found = [x for x in _pytree.tree_leaves(outputs) if _is_float(x) and x.requires_grad]
     leaves = [x for x in _pytree.tree_leaves(arguments) if _is_float(x)]
     torch.autograd.grad(found, leaves, [torch.ones_like(x) for x in found], allow_unused=True)

@@ -7,6 +7,8 @@ Functions on tensors, each with native kernels and a definition in plain PyTorch
 from hope_ext._build import build_info, kernel_report
 from hope_ext._load import has_cuda_kernels
 from hope_ext.conv import causal_conv
+from hope_ext.multifreq import multi_frequency_step_
+from hope_ext.newton_schulz import newton_schulz
 from hope_ext.selfmod import SelfModifyingState, SelfModifyingWeights, self_modifying_memory
 from hope_ext.titans import TitansState, titans_memory
 
@@ -19,6 +21,8 @@ __all__ = [
     "causal_conv",
     "has_cuda_kernels",
     "kernel_report",
+    "multi_frequency_step_",
+    "newton_schulz",
     "self_modifying_memory",
     "titans_memory",
 ]

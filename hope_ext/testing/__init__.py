@@ -24,11 +24,14 @@ from pathlib import Path
 import torch
 
 from hope_ext import _load
+from hope_ext.reference import newton_schulz as newton_schulz_reference
 from hope_ext.reference import selfmod as selfmod_reference
 from hope_ext.reference import titans as titans_reference
-from hope_ext.testing import conv, selfmod, titans
+from hope_ext.testing import conv, multifreq, newton_schulz, selfmod, titans
 from hope_ext.testing.case import Case
 from hope_ext.testing.conv import conv_inputs
+from hope_ext.testing.multifreq import multifreq_inputs
+from hope_ext.testing.newton_schulz import newton_schulz_flops, newton_schulz_inputs
 from hope_ext.testing.selfmod import selfmod_flops, selfmod_inputs
 from hope_ext.testing.titans import CUDA_HEAD_SIZES, titans_flops, titans_inputs
 
@@ -39,6 +42,9 @@ __all__ = [
     "Case",
     "backend",
     "conv_inputs",
+    "multifreq_inputs",
+    "newton_schulz_flops",
+    "newton_schulz_inputs",
     "selfmod_flops",
     "selfmod_inputs",
     "titans_flops",
@@ -46,7 +52,13 @@ __all__ = [
     "use_emulated",
 ]
 
-CASES: tuple[Case, ...] = (*conv.CASES, *titans.CASES, *selfmod.CASES)
+CASES: tuple[Case, ...] = (
+    *conv.CASES,
+    *titans.CASES,
+    *selfmod.CASES,
+    *newton_schulz.CASES,
+    *multifreq.CASES,
+)
 
 BACKENDS = ("reference", "rounded", "cpu", "cuda", "emulated")
 _EMULATED = "hope_emulated"  # csrc/common/library.h
@@ -71,6 +83,11 @@ def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[Non
             for module, operator, chunked in (
                 (titans_reference, "titans", titans_reference.titans_network_chunked),
                 (selfmod_reference, "selfmod", selfmod_reference.selfmod_chunked),
+                (
+                    newton_schulz_reference,
+                    "newton_schulz",
+                    newton_schulz_reference.newton_schulz,
+                ),
             ):
                 rounded = functools.partial(chunked, product_dtype=product_dtype)
                 stack.callback(setattr, module, operator, getattr(module, operator))
