@@ -6,8 +6,9 @@ Rows of a contest are timed in turns, in one process; each is also compared with
 measured among them (see measure.py): the larger of the times that its bytes and its operations need
 there. A table's last column, "x reference" say, is how many times as fast as the row reference a
 row is. Nothing is timed before the operator has been compared with its float64 definition, forward
-and, if it has a derivative, backward: if that is red, the command prints what differs and exits with 1. The tables and every
-raw sample go into one JSON file, which is written again after every table.
+and, if it has a derivative, backward: if that is red, the command prints what differs and exits
+with 1. The tables and every raw sample go into one JSON file, which is written again after every
+table.
 
 On a GPU the operator's times are also given as multiples of the bound of the kernels' design: the
 backward's is the difference of the two passes', so that it pays for the checkpoints.

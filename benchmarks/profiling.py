@@ -29,7 +29,8 @@ SETS = ("full", "basic")  # of ncu's sections: the first that works
 
 
 def profile(operator: Operator, settings: Sequence[Setting], device: str, out: Path) -> None:
-    """Traces our rows, with their backward if they have one, shows the costliest calls, and writes the traces."""
+    """Traces our rows (forward+backward, where there is one), shows the costliest calls, and writes
+    the traces."""
     out = out.resolve()  # ncu runs in the checkout
     out.mkdir(parents=True, exist_ok=True)
     for number, setting in enumerate(settings, 1):
