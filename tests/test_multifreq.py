@@ -4,17 +4,14 @@ import math
 
 import pytest
 import torch
-from backends import device_of
+from backends import BACKENDS, device_of, each_backend
 from torch import Tensor, nn
 
 import hope_ext
 from hope_ext import _load
-from hope_ext.testing import CASES, multifreq_inputs
+from hope_ext.testing import multifreq_inputs
 from hope_ext.testing.multifreq import stepped
 
-HAS_CUDA = any(case.stem == "multifreq" and case.runs_on("cuda") for case in CASES)
-BACKENDS = ("cpu", "emulated", "cuda") if HAS_CUDA else ("cpu",)
-each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 each_backend_and_dtype = pytest.mark.parametrize(
     ("backend", "dtype"),
     [

@@ -5,16 +5,13 @@ import math
 
 import pytest
 import torch
-from backends import device_of
+from backends import device_of, each_backend
 from torch import Tensor, nn
 
 import hope_ext
 from hope_ext import _load
-from hope_ext.testing import CASES, newton_schulz_inputs
+from hope_ext.testing import newton_schulz_inputs
 
-# The first cases have CUDA kernels if any have.
-ON = ("cpu", "emulated", "cuda") if CASES[-1].runs_on("cuda") else ("cpu",)
-each_backend = pytest.mark.parametrize("backend", ON, indirect=True)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = [(16, 16), (24, 80), (80, 24), (150, 260), (300, 140), (1, 7)]
 each_shape = pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -132,9 +129,9 @@ def test_zeros_stay_zeros(backend):
 @each_backend
 def test_what_is_not_finite_stays_in_its_matrix(backend, culprit):
     g = make(150, 260, backend=backend)
-    expected = hope_ext.newton_schulz(g)
+    expected = hope_ext.newton_schulz(g, steps=2)
     g[0, 3, 5] = culprit
-    x = hope_ext.newton_schulz(g)
+    x = hope_ext.newton_schulz(g, steps=2)
     assert not torch.isfinite(x[0]).any()
     assert torch.equal(x[1], expected[1])
 

@@ -111,11 +111,11 @@ void multifreq_(at::TensorList params, at::TensorList grads, at::TensorList pend
         p.tensors = table.data(), p.count = static_cast<int64_t>(table.size());
     }
     if (table.empty()) return;
-    multifreq_cpu(p, parallel_for);
+    HOPE_LAUNCH(params[0], multifreq, p);
     tensors.copy_back();
 }
 
 }  // namespace
 }  // namespace hope
 
-HOPE_CPU_OPERATORS(library) { library.impl("multifreq_", &hope::multifreq_); }
+HOPE_OPERATORS(library) { library.impl("multifreq_", &hope::multifreq_); }

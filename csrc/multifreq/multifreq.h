@@ -34,4 +34,7 @@ struct MultifreqParams {
 
 void multifreq_cpu(const MultifreqParams& params, const ParallelFor& parallel_for);
 
+// On the current device, in a cudaStream_t; no element is float64.
+void multifreq_cuda(const MultifreqParams& params, void* stream);
+
 }  // namespace hope

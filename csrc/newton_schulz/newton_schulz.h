@@ -22,6 +22,10 @@ inline bool is_tall(const NewtonSchulzParams& p) { return p.rows > p.columns; }
 inline int64_t shorter_side(const NewtonSchulzParams& p) { return is_tall(p) ? p.columns : p.rows; }
 
 void newton_schulz_cpu(const NewtonSchulzParams& params, const ParallelFor& parallel_for);
-int64_t newton_schulz_cpu_workspace(const NewtonSchulzParams& params);  // needs sizes alone
+int64_t newton_schulz_cpu_workspace(const NewtonSchulzParams& params);  // needs sizes, element
+
+// On the current device, in a cudaStream_t; the element is float32 or bfloat16.
+void newton_schulz_cuda(const NewtonSchulzParams& params, void* stream);
+int64_t newton_schulz_cuda_workspace(const NewtonSchulzParams& params);  // needs sizes, element
 
 }  // namespace hope

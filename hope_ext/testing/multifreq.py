@@ -92,7 +92,6 @@ def _multifreq(name: str, *, tiny: bool = False, **options: Any) -> Case:
         functools.partial(multifreq_inputs, **options),
         tiny,
         everything=None,
-        cuda=False,
         differentiable=False,
         dtypes=(torch.float32, torch.bfloat16),
     )

@@ -43,7 +43,6 @@ def _newton_schulz(name: str, *, tiny: bool = False, **options: Any) -> Case:
         functools.partial(newton_schulz_inputs, **options),
         tiny,
         everything=None,
-        cuda=False,
         differentiable=False,
         dtypes=(torch.float32, torch.bfloat16),
     )
