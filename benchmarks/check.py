@@ -26,21 +26,23 @@ class Error:
         return not self.error <= self.allowed  # NaN is red
 
 
-def errors(run: Callable[..., Any], arguments: dict[str, Any]) -> list[Error]:
-    """Errors of every output, final state and gradient of `run(**arguments)`.
+def errors(
+    run: Callable[..., Any], arguments: dict[str, Any], *, gradients: bool = True
+) -> list[Error]:
+    """Errors of every output, final state and, if it has them, gradient of `run(**arguments)`.
 
     Allowed is, as in tests/test_ops.py, twice what the definition itself errs by in this dtype (in
     16 bits: its chunked form with rounded operands of products), and a small floor.
     """
-    rows = next(iter(arguments.values()))  # an operator's first argument decides dtype and device
+    rows = _pytree.tree_leaves(arguments)[0]  # the first argument decides dtype and device
     dtype = rows.dtype
     on_cpu = _map_tensors(Tensor.cpu, arguments)
     exact = _map_tensors(lambda x: x.double() if x.is_floating_point() else x, on_cpu)
     backend = "reference" if dtype == torch.float32 else "rounded"
     found = []
-    truth = _results(run, exact, "reference")
-    yardstick = _results(run, on_cpu, backend, dtype)
-    ours = _results(run, arguments, rows.device.type)
+    truth = _results(run, exact, "reference", gradients)
+    yardstick = _results(run, on_cpu, backend, gradients, dtype)
+    ours = _results(run, arguments, rows.device.type, gradients)
     for name, right in truth.items():
         x = ours[name].cpu().double()
         floor = 2 * torch.finfo(ours[name].dtype).eps * right.norm() + 1e-7 * right.numel() ** 0.5
@@ -53,9 +55,15 @@ def _results(
     run: Callable[..., Any],
     arguments: dict[str, Any],
     backend: str,
+    with_gradients: bool,
     product_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Every floating-point output, and the gradient of every floating-point input, by name."""
+
+    if not with_gradients:
+        with testing.backend(backend, product_dtype), torch.no_grad():
+            flat = _pytree.tree_leaves(run(**arguments))
+        return {f"output {i}": x for i, x in enumerate(flat) if isinstance(x, Tensor)}
 
     def fresh_leaf(x: Tensor) -> Tensor:
         x = x.detach()

@@ -55,20 +55,23 @@ def smallest_cases(stem: str) -> list[Case]:
 
 
 def _size(case: Case) -> int:
-    """How many numbers a case's first argument has."""
-    return next(iter(case.make(torch.float32, "cpu").values())).numel()
+    """How many numbers a case's first argument has: a tensor, or a list of them."""
+    first = next(iter(case.make(torch.float32, "cpu").values()))
+    return sum(x.numel() for x in _pytree.tree_leaves(first))
 
 
 def run_case(case: Case, dtype: torch.dtype, device: str) -> None:
-    """All outputs, and the gradients of all inputs."""
+    """All outputs, and the gradients of all inputs, if the operator has a derivative."""
+    trains = case.differentiable
     arguments = _pytree.tree_map(
-        lambda x: x.requires_grad_() if _is_float(x) else x, case.make(dtype, device)
+        lambda x: x.requires_grad_(trains) if _is_float(x) else x, case.make(dtype, device)
     )
     with testing.backend(device):
-        outputs = case.function(**{**arguments, case.everything: True})
+        outputs = case.function(**case.returning_everything(arguments))
     found = [x for x in _pytree.tree_leaves(outputs) if _is_float(x) and x.requires_grad]
     leaves = [x for x in _pytree.tree_leaves(arguments) if _is_float(x)]
-    torch.autograd.grad(found, leaves, [torch.ones_like(x) for x in found], allow_unused=True)
+    if trains:
+        torch.autograd.grad(found, leaves, [torch.ones_like(x) for x in found], allow_unused=True)
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -6,8 +6,9 @@ Rows of a contest are timed in turns, in one process; each is also compared with
 measured among them (see measure.py): the larger of the times that its bytes and its operations need
 there. A table's last column, "x reference" say, is how many times as fast as the row reference a
 row is. Nothing is timed before the operator has been compared with its float64 definition, forward
-and backward: if that is red, the command prints what differs and exits with 1. The tables and every
-raw sample go into one JSON file, which is written again after every table.
+and, if it has a derivative, backward: if that is red, the command prints what differs and exits
+with 1. The tables and every raw sample go into one JSON file, which is written again after every
+table.
 
 On a GPU the operator's times are also given as multiples of the bound of the kernels' design: the
 backward's is the difference of the two passes', so that it pays for the checkpoints.
@@ -30,6 +31,8 @@ from benchmarks import (
     cms,
     conv,
     measure,
+    multifreq,
+    newton_schulz,
     peers,
     profiling,
     report,
@@ -39,7 +42,7 @@ from benchmarks import (
     titans_deep,
 )
 from benchmarks.session import Session
-from benchmarks.subjects import Operator, Setting
+from benchmarks.subjects import TRAINING, Operator, Setting
 
 OPERATORS = {
     operator.name: operator
@@ -50,6 +53,8 @@ OPERATORS = {
         selfmod.LINEAR,
         cms.BENCHMARK,
         conv.BENCHMARK,
+        multifreq.BENCHMARK,
+        newton_schulz.BENCHMARK,
     )
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _checked(operator: Operator, setting: Setting) -> list[check.Error]:
     """The operator's errors at a setting; those that are too large are printed."""
-    errors = check.errors(operator.run, operator.check_arguments(setting))
+    errors = check.errors(
+        operator.run, operator.check_arguments(setting), gradients=TRAINING in operator.passes
+    )
     if red := [error for error in errors if error.red]:
         print(f"{operator.name}, {setting}: WRONG, so nothing is timed", file=sys.stderr)
         for error in red:

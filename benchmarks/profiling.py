@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, sources
-from benchmarks.subjects import TRAINING, Contest, Operator, Row, Setting
+from benchmarks.subjects import Contest, Operator, Row, Setting
 
 PROFILED_CALLS = 5
 NCU_SECONDS = 240
@@ -29,7 +29,8 @@ SETS = ("full", "basic")  # of ncu's sections: the first that works
 
 
 def profile(operator: Operator, settings: Sequence[Setting], device: str, out: Path) -> None:
-    """Traces forward+backward of our rows, shows the costliest calls, and writes the traces."""
+    """Traces our rows (forward+backward, where there is one), shows the costliest calls, and writes
+    the traces."""
     out = out.resolve()  # ncu runs in the checkout
     out.mkdir(parents=True, exist_ok=True)
     for number, setting in enumerate(settings, 1):
@@ -43,14 +44,15 @@ def _trace(operator: Operator, contest: Contest, setting: Setting, path: Path) -
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if setting.device == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    call = our_row(contest).prepare(setting).call(TRAINING)
+    direction = operator.passes[-1]
+    call = our_row(contest).prepare(setting).call(direction)
     measure.warm_up(call, setting.device)
     with torch.profiler.profile(activities=kinds, acc_events=True) as profiled:
         for _ in range(PROFILED_CALLS):
             call()
         if setting.device == "cuda":
             torch.cuda.synchronize()
-    print(f"{operator.stem}  {setting}  {setting.device}: {contest.name}, {TRAINING}")
+    print(f"{operator.stem}  {setting}  {setting.device}: {contest.name}, {direction}")
     by = f"self_{setting.device}_time_total"
     print(profiled.key_averages().table(sort_by=by, row_limit=15))
     profiled.export_chrome_trace(str(path))
@@ -116,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = json.loads(parser.parse_args(arguments).job)
     operator: Operator = importlib.import_module(f"benchmarks.{job['op']}").BENCHMARK
     setting = Setting(job["shape"], getattr(torch, job["dtype"]), "cuda")
-    call = our_row(operator.contests["cuda"][0]).prepare(setting).call(TRAINING)
+    subject = our_row(operator.contests["cuda"][0]).prepare(setting)
+    call = subject.call(operator.passes[-1])
     call()
     torch.cuda.synchronize()
     with torch.cuda.profiler.profile():  # of all threads: the backward has its own

@@ -65,7 +65,7 @@ class Session:
         """Every contest and pass at a setting: a dict for each row, the roofs included."""
         where = {"shape": setting.shape, "dtype": str(setting.dtype).removeprefix("torch.")}
         for contest in self.operator.contests[self.device]:
-            for direction in PASSES:
+            for direction in self.operator.passes:
                 name = f"{contest.name}, {direction}"
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     self.left_out.append(f"{setting}: {name}: no time left")
@@ -135,7 +135,7 @@ class Session:
         parts = [f"{self.operator.name}  {setting}  {self.device}{threads}"]
         rows = self.rows_at(setting)
         for contest in self.operator.contests[self.device]:
-            for direction in PASSES:
+            for direction in self.operator.passes:
                 mine = [r for r in rows if r["contest"] == contest.name and r["pass"] == direction]
                 header = [f"{contest.name}, {direction}", "ms", "quartiles", "tokens/s"]
                 header += ["TFLOP/s", "GB/s"] if on_gpu else ["GFLOP/s", "GB/s"]

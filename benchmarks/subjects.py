@@ -122,6 +122,7 @@ class Operator:
         check_arguments: its arguments for the correctness check at a setting, gradients included.
         quick: a shape cut down to what only shows that everything runs; also memory's warm-up.
         roofs: the kinds of roof, "flops" or "bytes", that hold for it on "cpu" and "cuda".
+        passes: those that are timed; an operator without a derivative has no training.
         bounds: the work of a forward and of a backward in the design that the CUDA kernels follow,
             recomputation included; None where that is the work of the passes.
     """
@@ -136,6 +137,7 @@ class Operator:
     roofs: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {"cpu": ("flops",), "cuda": ("flops", "bytes")}
     )
+    passes: tuple[str, ...] = PASSES
     bounds: Callable[[Setting], dict[str, Work]] | None = None
     variant: str = ""
 

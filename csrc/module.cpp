@@ -26,6 +26,14 @@ HOPE_SCHEMAS(m) {
     m.def(
         "conv_backward(Tensor? d_y, Tensor? d_tail, Tensor x, Tensor weight, Tensor? tail, "
         "Tensor? cu_seqlens, str activation) -> (Tensor x, Tensor weight, Tensor tail)");
+    // The multi-frequency step (docs/ops/multifreq.md): an optimizer's, in place. Moments are
+    // absent with the rule "sgd"; what is pending may have 0 elements where the period is 1.
+    m.def(
+        "multifreq_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] pending, Tensor(c!)[] "
+        "exp_avgs, Tensor(d!)[] exp_avg_sqs, int[] periods, int step, float lr, float beta1, float "
+        "beta2, float eps, float weight_decay, str rule) -> ()");
+    // The Newton-Schulz iteration (docs/ops/newton_schulz.md).
+    m.def("newton_schulz(Tensor g, int steps, float a, float b, float c, float eps) -> Tensor");
     // The Titans memory (docs/ops/titans.md): weights w, momenta s and anchors a of its one or two
     // layers, [N, H, ., .]; norms are [N, H, V]. Absent ones are returned with 0 elements.
     m.def(

@@ -8,6 +8,8 @@ from hope_ext._build import build_info, kernel_report
 from hope_ext._load import has_cuda_kernels
 from hope_ext.cms import CmsState, cms_chain, cms_memory
 from hope_ext.conv import causal_conv
+from hope_ext.multifreq import multi_frequency_step_
+from hope_ext.newton_schulz import newton_schulz
 from hope_ext.selfmod import SelfModifyingState, SelfModifyingWeights, self_modifying_memory
 from hope_ext.titans import TitansState, titans_memory
 
@@ -23,6 +25,8 @@ __all__ = [
     "cms_memory",
     "has_cuda_kernels",
     "kernel_report",
+    "multi_frequency_step_",
+    "newton_schulz",
     "self_modifying_memory",
     "titans_memory",
 ]

@@ -25,10 +25,6 @@ def float_leaves(tree) -> list[Tensor]:
     return [x for x in _pytree.tree_leaves(tree) if is_float(x)]
 
 
-def returning_everything(case: Case, arguments: dict) -> dict:
-    return {**arguments, case.everything: True}
-
-
 def evaluate(
     case: Case,
     arguments: dict,
@@ -38,20 +34,22 @@ def evaluate(
     trains: bool = True,
     dtypes: Sequence[torch.dtype] = (),
 ) -> list[tuple[str, Tensor]]:
-    """All outputs, final states and gradients of one random scalar of them, named.
+    """All outputs, final states and, of an operator that has them, gradients of one random scalar
+    of them, named.
 
     Outputs twice, since kernels go other ways where nobody differentiates; once if not `trains`.
     `dtypes` are those that the gradients of the outputs are rounded to, if not the outputs' own.
     """
+    trains = trains and case.differentiable
     arguments = _pytree.tree_map(
-        lambda x: x.detach().requires_grad_() if is_float(x) else x, arguments
+        lambda x: x.detach().requires_grad_(trains) if is_float(x) else x, arguments
     )
     leaves = float_leaves(arguments)
     outputs, gradients = [], []
     with testing.backend(backend, product_dtype):
 
         def call() -> list[Tensor]:
-            return float_leaves(case.function(**returning_everything(case, arguments)))
+            return float_leaves(case.function(**case.returning_everything(arguments)))
 
         if trains:
             outputs = call()

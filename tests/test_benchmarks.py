@@ -249,6 +249,28 @@ def test_the_self_modifying_memory_has_a_benchmark(tmp_path, no_peers, op, shape
     assert {"reference", "plain PyTorch", "ours"} <= timed
 
 
+def test_the_multi_frequency_step_has_a_benchmark(tmp_path):
+    """It has no backward to be timed, and a roof of bytes."""
+    status, (result,) = run_ops(tmp_path, "--op", "multifreq", "--shape", "3,64")
+    assert status == 0
+    assert list(result["roofs"]) == ["roof: copy"]
+    rows = {(r["contest"], r["row"]): r for r in result["rows"] if r["row"] != "roof: copy"}
+    assert {row["pass"] for row in rows.values()} == {FORWARD}
+    assert rows["adamw", "ours"]["work"]["bytes"] == 28 * 3 * 64
+    assert rows["adamw", "ours"]["speed_ratio_to"] == "torch AdamW, fused"
+    slow = rows["adamw", "ours, periods 1, 4, 16, 64"]["work"]["bytes"]
+    assert slow == 64 * (28 + (32 + 1) + (32 + 0.25))
+    assert rows["sgd", "ours"]["work"]["bytes"] == 12 * 3 * 64
+
+
+def test_the_newton_schulz_iteration_has_a_benchmark(tmp_path):
+    status, (result,) = run_ops(tmp_path, "--op", "newton_schulz", "--shape", "2,12,9", "1,9,12")
+    assert status == 0
+    assert len(result["checks"]) == 2
+    timed = {row["row"] for row in result["rows"] if "median_ms" in row}
+    assert {"reference", "torch.optim.Muon", "ours"} <= timed
+
+
 @pytest.mark.parametrize("hidden", [{"F": 24}, {}], ids=["deep", "linear"])
 def test_plain_pytorch_computes_the_same_self_modifying_memory(hidden):
     shape = dict(zip("BTHDC", (2, 20, 2, 16, 8), strict=True)) | hidden

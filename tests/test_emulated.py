@@ -19,7 +19,13 @@ from laws import evaluate
 
 import hope_ext
 from hope_ext import _check
-from hope_ext.testing import CASES, conv_inputs, titans_inputs
+from hope_ext.testing import (
+    CASES,
+    conv_inputs,
+    multifreq_inputs,
+    newton_schulz_inputs,
+    titans_inputs,
+)
 
 INSTANCES = build.HERE / "instances.py"
 PYTHONPATH = {"PYTHONPATH": f"{build.ROOT}:{build.HERE.parent}"}
@@ -189,6 +195,10 @@ def test_float64_is_refused(backend):
         hope_ext.titans_memory(**titans_inputs(torch.float64, device_of(backend)))
     with pytest.raises(TypeError, match="x: float64 is for the CPU"):
         hope_ext.causal_conv(**conv_inputs(torch.float64, device_of(backend)))
+    with pytest.raises(TypeError, match="g: float64 is for the CPU"):
+        hope_ext.newton_schulz(**newton_schulz_inputs(torch.float64, device_of(backend)))
+    with pytest.raises(TypeError, match="params: float64 is for the CPU"):
+        hope_ext.multi_frequency_step_(**multifreq_inputs(torch.float64, device_of(backend)))
 
 
 @pytest.fixture

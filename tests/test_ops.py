@@ -5,19 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backends import BACKENDS, NARROW, device_of
+from backends import BACKENDS, device_of
 from laws import (
     assert_as_good_as_torch,
     evaluate,
     float_leaves,
     is_float,
-    returning_everything,
 )
 from torch.utils import _pytree
 
 from hope_ext.testing import CASES, Case
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_differentiable_case = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.differentiable], ids=str
+)
+each_tiny_differentiable_case = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.tiny and c.differentiable], ids=str
+)
 each_tiny_case = pytest.mark.parametrize("case", [c for c in CASES if c.tiny], ids=str)
 each_case_on_each_backend = pytest.mark.parametrize(
     ("backend", "case"),
@@ -29,11 +34,20 @@ each_case_on_each_backend = pytest.mark.parametrize(
     ],
     indirect=["backend"],
 )
-each_dtype = pytest.mark.parametrize("dtype", NARROW, ids=lambda d: str(d).removeprefix("torch."))
+each_case_on_each_backend_in_each_dtype = pytest.mark.parametrize(
+    ("backend", "case", "dtype"),
+    [
+        pytest.param(backend, case, dtype, id=f"{backend}-{case}-{str(dtype).split('.')[1]}")
+        for backend in BACKENDS
+        for case in CASES
+        if case.runs_on(backend)
+        for dtype in case.dtypes
+    ],
+    indirect=["backend"],
+)
 
 
-@each_dtype
-@each_case_on_each_backend
+@each_case_on_each_backend_in_each_dtype
 def test_as_good_as_torch(case: Case, dtype: torch.dtype, backend: str):
     """Errors against the float64 definition are at most twice torch's own in this dtype."""
     assert_as_good_as_torch(case, dtype, backend)
@@ -49,7 +63,7 @@ def test_exact_in_float64(case: Case):
         )
 
 
-@each_tiny_case
+@each_tiny_differentiable_case
 def test_gradcheck(case: Case):
     """Gradients of every output by every input, against finite differences."""
     arguments = case.make(torch.float64, "cpu")
@@ -60,9 +74,8 @@ def test_gradcheck(case: Case):
         filled = list(leaves)
         for i, x in zip(floats, inputs, strict=True):
             filled[i] = x
-        result = case.function(
-            **returning_everything(case, _pytree.tree_unflatten(filled, structure))
-        )
+        arguments = _pytree.tree_unflatten(filled, structure)
+        result = case.function(**case.returning_everything(arguments))
         return tuple(float_leaves(result))
 
     inputs = [leaves[i].clone().requires_grad_() for i in floats]
@@ -130,7 +143,7 @@ def test_inputs_are_left_alone(case: Case, backend: str):
     assert all(map(torch.equal, before, float_leaves(arguments)))
 
 
-@each_case
+@each_differentiable_case
 def test_no_double_backward(case: Case):
     arguments = case.make(torch.float32, "cpu")
     leaf = float_leaves(arguments)[0]
@@ -158,7 +171,7 @@ def test_compile(case: Case, compiler: str):
         torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@each_tiny_case
+@each_tiny_differentiable_case
 def test_activation_checkpointing(case: Case):
     arguments = case.make(torch.float32, "cpu")
 

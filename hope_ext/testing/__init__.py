@@ -25,12 +25,15 @@ import torch
 
 from hope_ext import _load
 from hope_ext.reference import cms as cms_reference
+from hope_ext.reference import newton_schulz as newton_schulz_reference
 from hope_ext.reference import selfmod as selfmod_reference
 from hope_ext.reference import titans as titans_reference
-from hope_ext.testing import cms, conv, selfmod, titans
+from hope_ext.testing import cms, conv, multifreq, newton_schulz, selfmod, titans
 from hope_ext.testing.case import Case
 from hope_ext.testing.cms import cms_chain_inputs, cms_flops, cms_inputs
 from hope_ext.testing.conv import conv_inputs
+from hope_ext.testing.multifreq import multifreq_inputs
+from hope_ext.testing.newton_schulz import newton_schulz_flops, newton_schulz_inputs
 from hope_ext.testing.selfmod import selfmod_flops, selfmod_inputs
 from hope_ext.testing.titans import CUDA_HEAD_SIZES, titans_flops, titans_inputs
 
@@ -44,6 +47,9 @@ __all__ = [
     "cms_flops",
     "cms_inputs",
     "conv_inputs",
+    "multifreq_inputs",
+    "newton_schulz_flops",
+    "newton_schulz_inputs",
     "selfmod_flops",
     "selfmod_inputs",
     "titans_flops",
@@ -51,7 +57,14 @@ __all__ = [
     "use_emulated",
 ]
 
-CASES: tuple[Case, ...] = (*conv.CASES, *titans.CASES, *selfmod.CASES, *cms.CASES)
+CASES: tuple[Case, ...] = (
+    *conv.CASES,
+    *titans.CASES,
+    *selfmod.CASES,
+    *cms.CASES,
+    *newton_schulz.CASES,
+    *multifreq.CASES,
+)
 
 BACKENDS = ("reference", "rounded", "cpu", "cuda", "emulated")
 _EMULATED = "hope_emulated"  # csrc/common/library.h
@@ -77,6 +90,11 @@ def backend(name: str, product_dtype: torch.dtype | None = None) -> Iterator[Non
                 (titans_reference, "titans", titans_reference.titans_network_chunked),
                 (selfmod_reference, "selfmod", selfmod_reference.selfmod_chunked),
                 (cms_reference, "cms", cms_reference.cms),
+                (
+                    newton_schulz_reference,
+                    "newton_schulz",
+                    newton_schulz_reference.newton_schulz,
+                ),
             ):
                 rounded = functools.partial(chunked, product_dtype=product_dtype)
                 stack.callback(setattr, module, operator, getattr(module, operator))

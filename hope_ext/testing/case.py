@@ -18,11 +18,17 @@ class Case:
     function: Callable[..., Any]
     make: Callable[[torch.dtype, str], dict[str, Any]]
     tiny: bool = False  # small enough for gradcheck
-    everything: str = "return_state"  # the argument that makes it return its final state too
+    everything: str | None = "return_state"  # the argument that makes it return its final state too
     cuda: bool = True  # there are CUDA kernels for these sizes
+    differentiable: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # and float64
 
     def __str__(self) -> str:
         return f"{self.stem}-{self.name}"
+
+    def returning_everything(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with which it also returns its final state, if it has one."""
+        return {**arguments, self.everything: True} if self.everything else arguments
 
     def runs_on(self, backend: str) -> bool:
         """Whether a backend has these sizes: only CUDA's kernels are choosy."""

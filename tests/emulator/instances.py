@@ -28,6 +28,7 @@ from laws import Bound, assert_as_good_as_torch, torchs_errors
 import hope_ext
 from hope_ext import testing
 from hope_ext.testing import Case
+from hope_ext.testing.multifreq import stepped
 
 # Settings of tests/emulator/cuda_runtime.cpp.
 IDLE = {"EMULATOR_MULTIPROCESSORS": "1000"}  # few value columns in a block
@@ -70,7 +71,19 @@ def _selfmod(name: str, **options) -> Case:
     return Case("selfmod", name, hope_ext.self_modifying_memory, make)
 
 
+def _without_derivative(function, make, stem: str, name: str, **options) -> Case:
+    inputs = functools.partial(make, **options)
+    return Case(stem, name, function, inputs, everything=None, differentiable=False)
+
+
+_newton_schulz = functools.partial(
+    _without_derivative, hope_ext.newton_schulz, testing.newton_schulz_inputs, "newton_schulz"
+)
+_multifreq = functools.partial(_without_derivative, stepped, testing.multifreq_inputs, "multifreq")
+
+
 def instances() -> Iterator[Instance]:
+    yield from _of_optimizers()
     for dtype in NARROW:
         for key, value, other, way in (
             (16, 64, 16, {}),
@@ -124,6 +137,22 @@ def instances() -> Iterator[Instance]:
                 _conv(f"blocks-{width}", width=width, batch=1, tokens=140, channels=132), dtype, {}
             )
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
+
+
+def _of_optimizers() -> Iterator[Instance]:
+    """Several blocks with edges in both directions, and one; all endings in all dtypes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, columns in ((20, 33), (33, 20), (140, 270), (270, 140)):
+            sizes = {"batch": (1,), "rows": rows, "columns": columns, "steps": 2}
+            yield Instance(_newton_schulz(f"{rows}x{columns}", **sizes), dtype, {}, False)
+        for rule in ("adamw", "sgd"):
+            for grad_dtype in (torch.float32, torch.bfloat16):
+                name = f"{rule}-{str(grad_dtype).removeprefix('torch.')}-gradients"
+                many = [(n,) for n in (5000, 3, 4099, *range(1, 75))]
+                options = {"rule": rule, "grad_dtype": grad_dtype, "nothing_pending": True}
+                periods = [i % 3 + 1 for i in range(len(many))]
+                made = _multifreq(name, shapes=many, periods=periods, step=2, **options)
+                yield Instance(made, dtype, {}, False)
 
 
 def _networks(dtype: torch.dtype) -> Iterator[Instance]:
