@@ -267,8 +267,9 @@ def test_hidden_sizes_that_run(emulated, monkeypatch, device, dtype):
 
 def test_the_hidden_size_is_a_multiple_of_16(emulated):
     arguments = titans_inputs(torch.float32, "cpu", hidden=24)
-    with hope_ext.testing.backend("emulated"), pytest.raises(
-        ValueError, match="hidden size that is a multiple of 16 on CUDA, got 24"
+    with (
+        hope_ext.testing.backend("emulated"),
+        pytest.raises(ValueError, match="hidden size that is a multiple of 16 on CUDA, got 24"),
     ):
         hope_ext.titans_memory(**arguments)
 
