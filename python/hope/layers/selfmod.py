@@ -11,9 +11,14 @@ from torch.export import register_dataclass
 import hope_ext
 from hope.config import HopeConfig
 from hope.layers.conv import CausalConv
+from hope.layers.spectral import limited
 from hope.layers.unit import unit
 
 _NAMES = [field.name for field in fields(hope_ext.SelfModifyingWeights)]
+# The length of what the memories learn from. A value is about as long, and what a memory is told to
+# answer to a key of length 1 is what it answers to the value. At length 1 the slightest gain above 1
+# would feed itself, until it explodes; at 1/2 a memory has to double values before it does.
+_INPUT_LENGTH = 0.5
 # The gates of `lr` and `retention` start from the outputs that these logits stand for: a token's
 # inner learning rate of 0.0067, and a half-life of 113,000 tokens. From there a memory keeps its
 # norm; near logits of 0 it diverges within a few chunks.
@@ -107,7 +112,7 @@ class SelfModifyingMemory(nn.Module):
         qx, tail = self.conv(self.qx(x), None if state is None else state.conv, cu_seqlens)
         q, inputs = unit(qx.unflatten(-1, (2, config.heads, config.head_dim))).unbind(2)
         o, memory = hope_ext.self_modifying_memory(
-            inputs,
+            inputs * _INPUT_LENGTH,
             q,
             self.start(),
             self.lr_bias,
@@ -127,6 +132,9 @@ class SelfModifyingMemory(nn.Module):
 
     def start(self) -> hope_ext.SelfModifyingWeights:
         """The memories at the start of a text, matrices [H, ., .]."""
+        first = 1 + self.config.expansion**0.5
+        second = float(__import__("os").environ.get("C2",1/first))
+        scalar = float(__import__("os").environ.get("CS",2))
         return hope_ext.SelfModifyingWeights(
-            **{name: tuple(weights) for name, weights in self.memories.items()}
+            **{name: (limited(w[0],first), limited(w[1], scalar if name in ("lr","retention") else second)) for name, w in self.memories.items()}
         )
