@@ -111,8 +111,8 @@ def test_missing_fields_take_their_defaults():
             "model.mixer.activation must be 'gelu' or 'silu', not 'relu'",
         ),
         (
-            {"model": {"mixer": {"kind": "hope", "lr_max": 2.5}}},
-            r"model.mixer.lr_max must be in \(0, 2\], where the inner loop is stable, not 2.5",
+            {"model": {"mixer": {"kind": "hope", "lr_max": 1.5}}},
+            r"model.mixer.lr_max must be in \(0, 1\], not 1.5",
         ),
         (
             {"model": {"mixer": {"kind": "hope", "objective": "dot"}}},

@@ -16,6 +16,7 @@ from hope import (
 )
 from hope.layers import MemoryAsContext, SelfModifyingMemory, TitansMemory
 from hope.layers.attention import rotate_half
+from hope.layers.spectral import limited
 from hope.layers.window import WindowAttention
 from torch import nn
 
@@ -192,34 +193,77 @@ def test_a_self_modifying_layer_is_its_definition(read):
     """The operator's definition between the projections, their convolution, and the output."""
     config = HopeConfig(**SIZES, expansion=2, read=read)
     layer = made(SelfModifyingMemory(12, config))
+    memories = {name: [w / 2 for w in weights] for name, weights in layer.memories.items()}
+    with torch.no_grad():  # far below the limits of their norms
+        for name, weights in layer.memories.items():
+            for mine, smaller in zip(weights, memories[name], strict=True):
+                mine.copy_(smaller)
     x = torch.randn(2, 11, 12, dtype=torch.float64)
     y, _ = layer(x)
     taps = F.pad(layer.qx(x), (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, C, K]
     q, inputs = F.silu((taps * layer.conv.weight).sum(-1)).unflatten(-1, (2, 2, 8)).unbind(2)
     with testing.backend("reference"):
         o = hope_ext.self_modifying_memory(
-            F.normalize(inputs, dim=-1),
+            F.normalize(inputs, dim=-1) / 2,
             F.normalize(q, dim=-1),
-            hope_ext.SelfModifyingWeights(**{n: tuple(w) for n, w in layer.memories.items()}),
+            hope_ext.SelfModifyingWeights(**{n: tuple(w) for n, w in memories.items()}),
             layer.lr_bias,
             layer.retention_bias,
             chunk_size=3,
-            lr_max=1.5 / 3 / 1.5,  # over the chunk, and 1 + expansion / 4
+            lr_max=0.75 / 3 / 1.5,  # over the chunk, and 1 + expansion / 4
             read=read,
         )
     o = F.normalize(o, dim=-1) * 8**0.5 * 2 * layer.gate(x).sigmoid()[..., None]
     torch.testing.assert_close(y, layer.out(o.flatten(2)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("chunk_size", [16, 64])
-def test_a_self_modifying_layer_starts_where_it_is_stable(chunk_size):
-    """The rate and the retention of logits -5 and 12, whatever bounds the rate."""
-    config = HopeConfig(heads=2, head_dim=32, chunk_size=chunk_size)
+@pytest.mark.parametrize(
+    ("head_dim", "chunk_size", "logit"), [(64, 16, -5.0), (32, 32, -5.7), (64, 128, -6.1)]
+)
+def test_a_self_modifying_layer_starts_where_it_is_stable(head_dim, chunk_size, logit):
+    """The rate and the retention of logits near -5 and 12, whatever bounds the rate."""
+    config = HopeConfig(heads=2, head_dim=head_dim, chunk_size=chunk_size)
     layer = made(SelfModifyingMemory(64, config))
     rate = layer.lr_max * layer.lr_bias.sigmoid()
-    torch.testing.assert_close(rate, torch.full_like(rate, -5).sigmoid())
+    torch.testing.assert_close(torch.logit(rate), torch.full_like(rate, logit), atol=0.05, rtol=0)
     assert layer.retention_bias.tolist() == [12, 12]
-    assert chunk_size * layer.lr_max <= 2
+    assert chunk_size * layer.lr_max < 1
     for first, second in layer.memories.values():
-        assert first.std().item() == pytest.approx(32**-0.5, rel=0.1)
+        assert first.std().item() == pytest.approx(head_dim**-0.5, rel=0.1)
         assert second.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_values_of_a_self_modifying_layer_start_no_longer_than_keys():
+    """Whatever the outer loop has made of the initial memories."""
+    layer = made(SelfModifyingMemory(12, HopeConfig(**SIZES, expansion=2)))
+    with torch.no_grad():
+        for weights in layer.memories.values():
+            for w in weights:
+                w.mul_(30)
+    start = layer.start()
+    x = F.normalize(torch.randn(2, 2_000, 8, dtype=torch.float64), dim=-1) / 2
+    first, second = start.v
+    value = x + F.gelu(x @ first, approximate="tanh") @ second
+    assert 0.5 < value.norm(dim=-1).max() <= 1
+    for name in ("lr", "retention"):
+        first, second = getattr(start, name)
+        assert (F.gelu(x @ first, approximate="tanh") @ second).abs().max() < 2.5
+
+
+def test_limited_scales_what_is_above_the_limit():
+    torch.manual_seed(0)
+    w = torch.randn(3, 8, 5, dtype=torch.float64)
+    w[0] *= 0.01
+    norms = torch.linalg.matrix_norm(w, 2)
+    scaled = limited(w, 1.5)
+    assert torch.equal(scaled[0], w[0])
+    torch.testing.assert_close(
+        torch.linalg.matrix_norm(scaled[1:], 2), torch.full_like(norms[1:], 1.5), rtol=0.05, atol=0
+    )
+    torch.testing.assert_close(
+        scaled[1:] / norms[1:, None, None] ** -1, 1.5 * w[1:], rtol=0.05, atol=0
+    )
+    assert limited(torch.zeros(2, 3, 3), 1.0).count_nonzero() == 0
+    w.requires_grad_()
+    limited(w, 1.5).sum().backward()
+    assert w.grad.isfinite().all()

@@ -1,5 +1,7 @@
 """Associative recall: pairs of keys and values, then queries (as in Zoology, arXiv 2312.04927)."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Generator, Tensor
 
@@ -16,7 +18,9 @@ class Recall:
 
     name = "recall"
     description = "the share of queried keys whose value the model names; by number of pairs"
-    settings = {f"{pairs} pairs": {"pairs": pairs} for pairs in (4, 8, 16, 32)}
+    settings: ClassVar[dict[str, dict[str, Any]]] = {
+        f"{pairs} pairs": {"pairs": pairs} for pairs in (4, 8, 16, 32)
+    }
     keys, values = 64, 32
     vocab_size = keys + values
     longest = 4 * 16

@@ -1,5 +1,7 @@
 """State tracking: counting modulo 2 (parity) and modulo 5, also for longer than in training."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Generator, Tensor
 
@@ -10,16 +12,16 @@ _ANSWER = 2 + len(_MODULI)  # the token of count 0: after the two bits and the m
 
 
 class StateTracking:
-    """A mark that names the modulus, then bits; asked at every bit: how many ones so far, modulo it.
+    """A mark that names the modulus, then bits; asked at every bit: the count of ones, modulo it.
 
-    Training texts have 8, 16 or 32 bits. The model is judged by its answer at the last of 32, 64 and
-    128 bits: a state that is kept, and not a count of what attention can see at once, is as right
-    there. Guessing scores 1/2 and 1/5.
+    Training texts have 8, 16 or 32 bits. The model is judged by its answer at the last of 32, 64
+    and 128 bits: a state that is kept is as right there, which shows who only counts what is in
+    sight. Guessing scores 1/2 and 1/5.
     """
 
     name = "state-tracking"
     description = "the share of right answers at the end, by modulus and number of bits"
-    settings = {
+    settings: ClassVar[dict[str, dict[str, Any]]] = {
         f"mod {modulus}, {bits} bits": {"modulus": modulus, "bits": bits}
         for modulus in _MODULI
         for bits in (32, 64, 128)

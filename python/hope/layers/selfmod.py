@@ -15,15 +15,17 @@ from hope.layers.spectral import limited
 from hope.layers.unit import unit
 
 _NAMES = [field.name for field in fields(hope_ext.SelfModifyingWeights)]
-# The length of what the memories learn from. A value is about as long, and what a memory is told to
-# answer to a key of length 1 is what it answers to the value. At length 1 the slightest gain above 1
-# would feed itself, until it explodes; at 1/2 a memory has to double values before it does.
+# The length of what the memories learn from, and so about that of a value. What a memory is told to
+# answer to a key, whose length is 1, is what it answers to the value: were values as long as keys,
+# the slightest gain above 1 would feed itself until it explodes.
 _INPUT_LENGTH = 0.5
-# The gates of `lr` and `retention` start from the outputs that these logits stand for: a token's
-# inner learning rate of 0.0067, and a half-life of 113,000 tokens. From there a memory keeps its
-# norm; near logits of 0 it diverges within a few chunks.
+# Where the gates start: an inner learning rate of sigmoid(-5) = 0.0067 for heads of dimension 64 (a
+# token takes about rate / D of what first layers hold), and a half-life of 113,000 tokens.
 _LR_START = -5.0
+_LR_START_DIM = 64
 _RETENTION_START = 12.0
+# The largest spectral norm that a gate's second layer starts with: its logits then move by 2.
+_GATE_NORM = 2.0
 
 
 @dataclass
@@ -48,8 +50,8 @@ class SelfModifyingMemory(nn.Module):
 
     Only the two projections, their short convolution with SiLU, and the output's gate are fixed
     while a text is read. Keys, values, inner learning rates and retentions come from memories that
-    rewrite themselves. Queries and inputs have length 1 in every head, or the inner loop would not
-    be stable; every head's output is normalised and gated as that of TitansMemory.
+    rewrite themselves. In every head queries have length 1 and inputs 1/2; every head's output is
+    normalised and gated as that of TitansMemory.
     """
 
     def __init__(self, dim: int, config: HopeConfig) -> None:
@@ -86,9 +88,9 @@ class SelfModifyingMemory(nn.Module):
             nn.init.normal_(first, std=self.config.head_dim**-0.5)
             nn.init.normal_(second, std=0.02)
         nn.init.zeros_(self.gate.bias)
-        # The rate is the one that the logit _LR_START gives where it is bounded by 1.
-        start = 1 / (1 + math.exp(-_LR_START)) / self.lr_max
-        nn.init.constant_(self.lr_bias, math.log(start / (1 - start)))
+        rate = min(1.0, self.config.head_dim / _LR_START_DIM) / (1 + math.exp(-_LR_START))
+        share = min(0.5, rate / self.lr_max)
+        nn.init.constant_(self.lr_bias, math.log(share / (1 - share)))
         nn.init.constant_(self.retention_bias, _RETENTION_START)
 
     @property
@@ -97,7 +99,7 @@ class SelfModifyingMemory(nn.Module):
 
         A chunk's gradients are all taken at its start and add up. Each takes |act(k W1)|^2 of the
         error in the answer to a unit key away through W2, about expansion / 4 at the start, and
-        about 1 through W1 once W2 holds values of length 1: as in a deep TitansMemory.
+        through W1 about |W2|^2 / 4, which grows while the memory is at work.
         """
         config = self.config
         return config.lr_max / config.chunk_size / (1 + config.expansion / 4)
@@ -112,7 +114,7 @@ class SelfModifyingMemory(nn.Module):
         qx, tail = self.conv(self.qx(x), None if state is None else state.conv, cu_seqlens)
         q, inputs = unit(qx.unflatten(-1, (2, config.heads, config.head_dim))).unbind(2)
         o, memory = hope_ext.self_modifying_memory(
-            inputs * _INPUT_LENGTH,
+            _INPUT_LENGTH * inputs,
             q,
             self.start(),
             self.lr_bias,
@@ -131,10 +133,19 @@ class SelfModifyingMemory(nn.Module):
         return self.out(o.flatten(2)), SelfModifyingMemoryState(tail, memory)
 
     def start(self) -> hope_ext.SelfModifyingWeights:
-        """The memories at the start of a text, matrices [H, ., .]."""
-        first = 1 + self.config.expansion**0.5
-        second = float(__import__("os").environ.get("C2",1/first))
-        scalar = float(__import__("os").environ.get("CS",2))
+        """The memories at the start of a text, matrices [H, ., .].
+
+        Their spectral norms are limited, such that no value is longer than a key at the start,
+        whatever the outer loop learns: |M(x)| <= |x| (1 + |W1| |W2|) = 1.
+        """
+        first = 1 + self.config.expansion**0.5  # that of W1 as it is drawn
+        second = (1 / _INPUT_LENGTH - 1) / first
         return hope_ext.SelfModifyingWeights(
-            **{name: (limited(w[0],first), limited(w[1], scalar if name in ("lr","retention") else second)) for name, w in self.memories.items()}
+            **{
+                name: (
+                    limited(w1, first),
+                    limited(w2, _GATE_NORM if name in ("lr", "retention") else second),
+                )
+                for name, (w1, w2) in self.memories.items()
+            }
         )
