@@ -5,13 +5,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hope import HopeError, LanguageModel, MacConfig, MagConfig, ModelConfig, TitansConfig
-from hope.layers import MemoryAsContext, TitansMemory
+from hope import (
+    HopeConfig,
+    HopeError,
+    LanguageModel,
+    MacConfig,
+    MagConfig,
+    ModelConfig,
+    TitansConfig,
+)
+from hope.layers import MemoryAsContext, SelfModifyingMemory, TitansMemory
 from hope.layers.attention import rotate_half
 from hope.layers.window import WindowAttention
 from torch import nn
 
 import hope_ext
+from hope_ext import testing
 
 SIZES = {"heads": 2, "head_dim": 8, "chunk_size": 3}
 
@@ -176,3 +185,41 @@ def test_a_deep_memory_starts_near_the_identity():
     hidden = F.gelu(k @ layer.memory[0], approximate="tanh")
     assert hidden.square().sum(-1).mean().item() == pytest.approx(1.0, rel=0.15)
     assert (hidden @ layer.memory[1]).norm(dim=-1).max() < 0.3
+
+
+@pytest.mark.parametrize("read", ["before", "after"])
+def test_a_self_modifying_layer_is_its_definition(read):
+    """The operator's definition between the projections, their convolution, and the output."""
+    config = HopeConfig(**SIZES, expansion=2, read=read)
+    layer = made(SelfModifyingMemory(12, config))
+    x = torch.randn(2, 11, 12, dtype=torch.float64)
+    y, _ = layer(x)
+    taps = F.pad(layer.qx(x), (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, C, K]
+    q, inputs = F.silu((taps * layer.conv.weight).sum(-1)).unflatten(-1, (2, 2, 8)).unbind(2)
+    with testing.backend("reference"):
+        o = hope_ext.self_modifying_memory(
+            F.normalize(inputs, dim=-1),
+            F.normalize(q, dim=-1),
+            hope_ext.SelfModifyingWeights(**{n: tuple(w) for n, w in layer.memories.items()}),
+            layer.lr_bias,
+            layer.retention_bias,
+            chunk_size=3,
+            lr_max=1.5 / 3 / 1.5,  # over the chunk, and 1 + expansion / 4
+            read=read,
+        )
+    o = F.normalize(o, dim=-1) * 8**0.5 * 2 * layer.gate(x).sigmoid()[..., None]
+    torch.testing.assert_close(y, layer.out(o.flatten(2)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_a_self_modifying_layer_starts_where_it_is_stable(chunk_size):
+    """The rate and the retention of logits -5 and 12, whatever bounds the rate."""
+    config = HopeConfig(heads=2, head_dim=32, chunk_size=chunk_size)
+    layer = made(SelfModifyingMemory(64, config))
+    rate = layer.lr_max * layer.lr_bias.sigmoid()
+    torch.testing.assert_close(rate, torch.full_like(rate, -5).sigmoid())
+    assert layer.retention_bias.tolist() == [12, 12]
+    assert chunk_size * layer.lr_max <= 2
+    for first, second in layer.memories.values():
+        assert first.std().item() == pytest.approx(32**-0.5, rel=0.1)
+        assert second.std().item() == pytest.approx(0.02, rel=0.3)
