@@ -160,6 +160,8 @@ def _networks(dtype: torch.dtype) -> Iterator[Instance]:
     steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
     yield Instance(_titans("deep-step", **steps, key=32, value=32, hidden=64), dtype, {}, False)
     yield Instance(_titans("norm-step", **steps, key=32, value=32, **norm), dtype, {}, False)
+
+
 def check(
     match: str,
     seeds: Iterable[int],
