@@ -172,7 +172,7 @@ def self_modifying_memory(
             CUDA kernels yet: on a GPU a ValueError says so.
 
     The stability of the inner loop is the caller's concern: deep memories with rows x and q of
-    length 1, lr_bias near -5, retention_bias near 12 and small W2 keep their size; linear memories
+    length 1, lr_bias near -5, retention_bias near 12 and small W2 are stable; linear memories
     generate all their values from themselves and can only decay or grow.
     """
     # The meta device knows no autocast.

@@ -49,12 +49,17 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
+# Models, and definitions in PyTorch, so small that threads would only wait for each other.
+ONE_THREAD = ("test_hope_", "test_ops", "test_selfmod")
+
+
 @pytest.fixture(autouse=True)
-def one_thread_for_small_models(request, monkeypatch) -> Iterator[None]:
-    """Tests of `hope` have models so small that threads wait for each other: several times longer
-    where other processes want the cores too.
+def one_thread_for_small_work(request, monkeypatch) -> Iterator[None]:
+    """Where other processes want the cores too, more threads take many times as long.
+
+    Laws hold for any number of threads: test_repeat compares them.
     """
-    if not request.path.name.startswith("test_hope_"):
+    if not request.path.name.startswith(ONE_THREAD):
         yield
         return
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for processes that the test starts

@@ -215,28 +215,9 @@ def test_bounds_are_clamped(backend, unchecked_bounds, case):
             assert torch.equal(a, b), name
 
 
-NONSENSE = """
-import sys
-import torch
-from laws import evaluate
-from hope_ext import _check, testing
-testing.use_emulated(sys.argv[1])
-_check.cu_seqlens = lambda bounds, rows, like="q": len(bounds) - 1
-for case in testing.CASES:
-    arguments = case.make(torch.float32, "cpu")
-    if "cu_seqlens" in arguments and case.runs_on("emulated"):
-        count = len(arguments["cu_seqlens"])
-        for seed in range(8):
-            draw = torch.Generator().manual_seed(seed)
-            bounds = torch.randint(-9, 220, (count,), generator=draw, dtype=torch.int32)
-            evaluate(case, {**arguments, "cu_seqlens": bounds}, "emulated")
-print("all done")
-"""
-
-
 def test_nonsense_in_cu_seqlens_touches_no_other_memory(emulator):
     made = library.make(available("address"))
-    run = python("address", "-c", NONSENSE, made)
+    run = python("address", build.HERE / "nonsense.py", made)
     assert run.stdout.endswith("all done\n"), run.stdout
 
 

@@ -1,5 +1,6 @@
 """Facts of the Titans memory: carried states, packed sequences, special cases, torch, refusals."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -306,6 +307,43 @@ def test_memory_grows_with_inputs_only():
         assert extra <= rows + 4 * a["weights"][0].nbytes, chunk_size
 
 
+@each_backend
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("bounds", [None, [0, 9, 9, 26, 27, 50]])
+def test_checkpoints(backend, bounds, momentum, every):
+    """The states at the start of every `every`-th chunk, in their slots; nothing in the others."""
+    chunk, positions = 4, [3, 4] if bounds is None else [3, 7, 1, 2, 4]
+    size = {"batch": 2 if bounds is None else 1, "tokens": 50 // (2 if bounds is None else 1)}
+    a = make(
+        backend, torch.float32, **size, chunk_size=chunk, momentum=momentum, bounds=bounds,
+        positions=positions,
+    )  # fmt: skip
+    tensors = [*operator_tensors(a)[:-1], a.pop("cu_seqlens", None)]
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    try:
+        *_, found = _load.operators().titans(
+            *tensors, chunk, "gelu", True, "l2", "after", 1e-6, every
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected, whole = torch.zeros_like(found), a.pop("state")
+    for n, position in enumerate(positions):
+        row, begin, end = (n, 0, 25) if bounds is None else (0, bounds[n], bounds[n + 1])
+        given = _pytree.tree_map(lambda x, n=n: x[n : n + 1] if torch.is_tensor(x) else x, whole)
+        first_slot = (row * 25 + begin) // (chunk * every) + n
+        for c in range(every, (position % chunk + end - begin - 1) // chunk + 1, every):
+            start = begin + c * chunk - position % chunk
+            before = {
+                name: x[row : row + 1, begin:start] if name in TOKENS and x is not None else x
+                for name, x in a.items()
+            }
+            _, state = hope_ext.titans_memory(**before, state=given, return_state=True)
+            parts = [state.weights[0], *(state.momenta or ())]
+            expected[first_slot + c // every - 1] = torch.cat([x.flatten(2) for x in parts], 2)[0]
+    close(found, expected)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lesser_instruction_sets(isa):
     """The CPU kernel's variants for older machines are as exact (in a process of their own)."""
@@ -456,6 +494,28 @@ def test_the_operator_itself_protects_memory(backend):
             operators.titans_backward(*gradients, *tensors, checkpoints, *options)
     with pytest.raises(ValueError, match="checkpoints: not those of this forward"):
         operators.titans_backward(o, None, *nothing, *tensors, checkpoints[1:], *options)
+
+
+@each_backend
+@pytest.mark.parametrize("length", [1, 20])
+def test_the_operator_without_an_anchor_takes_the_weights(backend, length):
+    a, titans = make(backend, torch.float32, tokens=length, positions=[5, 16]), _load.operators()
+    tensors, options = operator_tensors(a), (16, "gelu", True, "l2", "after", 1e-6, 0)
+    start, anchor = len(TOKENS), len(TOKENS) + 4
+    tensors[anchor] = tensors[start]
+    expected = titans.titans(*tensors, *options)
+    tensors[anchor] = None
+    all_close(titans.titans(*tensors, *options), expected)
+
+
+@each_backend
+def test_positions_below_zero_count_chunks_too(backend):
+    """Nobody gives them on purpose, and nobody looks: no other memory may be read for them."""
+    a = make(backend, torch.float32, positions=[5, 0])
+    expected = hope_ext.titans_memory(**a)
+    position = torch.tensor([5 - 32, -16], device=device_of(backend))
+    a["state"] = dataclasses.replace(a["state"], position=position)
+    close(hope_ext.titans_memory(**a), expected)
 
 
 def test_refuses_states_that_do_not_fit():

@@ -33,6 +33,7 @@ struct Sequence {
             length = most(0, least(p.tokens, p.cu_seqlens[sequence + 1]) - start);
         }
         offset = p.position ? p.position[sequence] % p.chunk_size : 0;
+        if (offset < 0) offset += p.chunk_size;  // of a position that nobody has looked at
     }
 
     // ---- sizes of scratch memory ----

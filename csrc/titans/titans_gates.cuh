@@ -7,34 +7,6 @@ namespace hope {
 
 constexpr int kMostSliceColumns = 32;
 
-// Rows: a segment's most tokens. Splits: what dot products of rows come in. Warps: of the block.
-template <int Rows, int Splits, int Warps>
-struct GateTiles {
-    static constexpr int kRows = Rows, kSplits = Splits, kWarps = Warps,
-                         kScoreStride = Rows + kRowPadding;
-    enum Sum { kB, kC, kInWeights, kInMomenta, kSums };
-
-    float* a;                        // A [1 + kRows][kScoreStride], row t + 1 for token t; then dN
-    float* d_a;                      // [kRows][kScoreStride]
-    float *b, *c, *m;                // [1 + kRows]
-    float* lr;                       // [kRows]
-    float2* gates;                   // [kRows] momentum and keep
-    float *in_weights, *in_momenta;  // [kRows] last rows of A and N; in the end what b, c and m
-                                     // contribute to the gradients of keep and momentum
-    float* sums;                     // [kSums][kSplits][kRows]: dot products of rows with q and k
-    float* products;                 // [kWarps][kProducts]
-
-    __host__ __device__ explicit GateTiles(SharedCarver& carver) {
-        a = carver.take<float>((kRows + 1) * kScoreStride);
-        d_a = carver.take<float>(kRows * kScoreStride);
-        for (float** row : {&b, &c, &m}) *row = carver.take<float>(kRows + 1);
-        gates = carver.take<float2>(kRows);
-        for (float** row : {&lr, &in_weights, &in_momenta}) *row = carver.take<float>(kRows);
-        sums = carver.take<float>(kSums * kSplits * kRows);
-        products = carver.take<float>(kProducts * kWarps);
-    }
-};
-
 // How the columns of D are dealt out: a warp has at most 32, and fewer if that makes four warps.
 template <class E, int D>
 struct TokensShape {

@@ -36,9 +36,9 @@ class BackwardWalk {
     DEVICE BackwardWalk(const Layout& shared, const TitansParams& p, const Sequence<Tokens>& in,
                         StateCarver& carver)
         : shared_(shared), p_(p), in_(in), segments_(shared, p, in), d_state_{}, d_anchor_{} {
-        d_state_.weights = carver.take(p);
-        if (p.has_momentum) d_state_.momenta = carver.take(p);
-        if (keeps_anchor<Tokens>(p)) d_anchor_ = carver.take(p);
+        d_state_.weights = take_matrices(p, carver);
+        if (p.has_momentum) d_state_.momenta = take_matrices(p, carver);
+        if (keeps_anchor<Tokens>(p)) d_anchor_ = take_matrices(p, carver);
         states_ = carver.rest();
         if (!p.position) return;
         given_anchor_ = network_state(p, states_).weights;
@@ -97,7 +97,7 @@ class BackwardWalk {
         if (in_.offset)
             load_matrices(p_, given_anchor_, p_.anchor[0].data ? p_.anchor : p_.weights, in_.index,
                           in_.head);
-        for (int v = static_cast<int>(threadIdx.x); v < p_.value_dim; v += kNetworkThreads)
+        for (int v = static_cast<int>(threadIdx.x); v < p_.value_dim; v += kLayerThreads)
             shared_.d_norm_weight[v] = shared_.d_norm_bias[v] = 0;
     }
     DEVICE void finish() const {
@@ -114,7 +114,7 @@ class BackwardWalk {
         if (!p_.norm_weight.data) return;
         float *const d_weight = matrix(p_.d_norm_weight, in_.index, in_.head),
                      *const d_bias = matrix(p_.d_norm_bias, in_.index, in_.head);
-        for (int v = static_cast<int>(threadIdx.x); v < p_.value_dim; v += kNetworkThreads)
+        for (int v = static_cast<int>(threadIdx.x); v < p_.value_dim; v += kLayerThreads)
             d_weight[v] = shared_.d_norm_weight[v], d_bias[v] = shared_.d_norm_bias[v];
     }
 
@@ -235,7 +235,7 @@ class BackwardWalk {
 };
 
 template <class E, int D, int Tokens, int Layers>
-__global__ void __launch_bounds__(kNetworkThreads, 1)
+__global__ void __launch_bounds__(kLayerThreads, 1)
     titans_network_bwd_kernel(const TitansParams p, const NetworkMemory memory) {
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());

@@ -15,7 +15,7 @@ namespace hope {
 namespace {
 
 template <class E, int D, int Tokens, int Layers>
-__global__ void __launch_bounds__(kNetworkThreads, 1)
+__global__ void __launch_bounds__(kLayerThreads, 1)
     titans_network_fwd_kernel(const TitansParams p, const NetworkMemory memory) {
     using Layout = NetworkLayout<E, D, Tokens, Layers>;
     using Walk = NetworkSegment<E, D, Tokens, Layers>;
@@ -27,14 +27,14 @@ __global__ void __launch_bounds__(kNetworkThreads, 1)
     StateCarver states(carver, scratch, memory.resident);
     const Sequence<Tokens> in(p, static_cast<int>(blockIdx.x / p.heads),
                               static_cast<int>(blockIdx.x % p.heads));
-    const Walk walk(shared, p, in);
+    const Walk walk(shared, p, in, shared.a, *shared.vectors, p.read == TitansRead::chunk);
 
     // The anchor is the state before a chunk; it stays while segments after the first are added.
     NetworkState state{};
     LayerMatrices spare{};
-    state.weights = states.take(p);
-    if (p.has_momentum) state.momenta = states.take(p);
-    if (keeps_anchor<Tokens>(p)) spare = states.take(p);
+    state.weights = take_matrices(p, states);
+    if (p.has_momentum) state.momenta = take_matrices(p, states);
+    if (keeps_anchor<Tokens>(p)) spare = take_matrices(p, states);
     load_matrices(p, state.weights, p.weights, in.index, in.head);
     if (p.has_momentum) load_matrices(p, state.momenta, p.momenta, in.index, in.head);
     LayerMatrices anchor = state.weights;

@@ -13,17 +13,59 @@
 // The two layers are the same to the functions here; a memory of one has the last layer only, with
 // H = K and HQ = Q, so that dHQ is dQ and dH is dK.
 #pragma once
-#include "titans/titans_network_layer_gradients.cuh"
+#include "common/layer_gradients.cuh"
+#include "titans/titans_gates.cuh"
+#include "titans/titans_network_segment.cuh"
 
 namespace hope {
 
 template <class E, int D, int Tokens, int Layers>
-class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
-    using Base = NetworkLayerGradients<E, D, Tokens, Layers>;
+struct NetworkGradientsLayout {
+    using Forward = NetworkLayout<E, D, Tokens, Layers>;
+    using Tiles = typename Forward::Tiles;
+    using Gates = GateTiles<Tokens, kLayerWarps, kLayerWarps>;
+    // dZ * U, each element of the lane that has made it.
+    using Parked = Features<float, false, Tokens + kRowPadding>;
+
+    Gates gates;
+    Forward forward;                                 // sums: Y, then dLoss
+    typename Tiles::ByToken d_o, d_y;                // dO, through the norm; dY
+    typename Tiles::Square scores, d_first, d_last;  // A * HQ H^T; dX of the layers
+    float* results;                                  // [Tokens][kSumStride] dQ, dE, dK
+    float *d_norm_weight, *d_norm_bias;              // [D]
+    Parked parked;
+
+    __host__ __device__ static int64_t parked_floats(const TitansParams& p) {
+        return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
+    }
+    __host__ __device__ NetworkGradientsLayout(TileCarver& tiles, const TitansParams& p,
+                                               float* parked_at)
+        : NetworkGradientsLayout(tiles.shared(), tiles, p, parked_at) {}
+
+ private:
+    __host__ __device__ NetworkGradientsLayout(SharedCarver& carver, TileCarver& tiles,
+                                               const TitansParams& p, float* parked_at)
+        : gates(carver),
+          // Row t of its A is what token t reads.
+          forward(tiles, p, true,
+                  gates.a + (p.read == TitansRead::before ? 0 : Gates::kScoreStride)),
+          d_o{carver.take<E>(Tokens * (D + kRowPadding))},
+          d_y{carver.take<E>(Tokens * (D + kRowPadding))},
+          scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
+          d_first{carver.take<E>(Tokens * Tiles::kScoreStride)},
+          d_last{carver.take<E>(Tokens * Tiles::kScoreStride)},
+          results(tiles.template take<float>(Tokens * Tiles::kSumStride)),
+          d_norm_weight(carver.take<float>(D)),
+          d_norm_bias(carver.take<float>(D)),
+          parked{parked_at} {}
+};
+
+template <class E, int D, int Tokens, int Layers>
+class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradients<E, D, Tokens>> {
+    using Base = NetworkSegment<E, D, Tokens, Layers, LayerGradients<E, D, Tokens>>;
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
     using Tiles = typename Layout::Tiles;
     using Gates = typename Layout::Gates;
-    using Base::all_;
     using Base::error_gradients;
     using Base::hidden_;
     using Base::hidden_of_keys;
@@ -40,9 +82,7 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
     using Base::query_gradients;
     using Base::reads_anchor_;
     using Base::residual_;
-    using Base::result;
     using Base::shared_;
-    using Base::store_results;
     using Base::thread_;
     using Base::values_;
     static constexpr int kLast = Layers - 1;
@@ -51,7 +91,10 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
     using Sums = typename Base::Sums;
 
     DEVICE NetworkGradients(const Layout& shared, const TitansParams& p, const Sequence<Tokens>& in)
-        : Base(shared, p, in) {}
+        : Base(shared.forward, p, in, shared.gates, shared.forward.a, *shared.forward.vectors,
+               p.read == TitansRead::chunk, p.read == TitansRead::before,
+               p.momentum.data != nullptr),
+          all_(shared) {}
 
     // ---- inputs ----
 
@@ -60,7 +103,7 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
     }
     // Clears what this segment adds to.
     DEVICE void clear_sums() const {
-        for (int i = thread_; i < Gates::kSums * kNetworkWarps * Tokens; i += kNetworkThreads)
+        for (int i = thread_; i < Gates::kSums * kLayerWarps * Tokens; i += kLayerThreads)
             all_.gates.sums[i] = 0;
     }
     // The forward's vectors, from the gates' coefficients.
@@ -95,7 +138,7 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
         return {mean, inverse};
     }
     DEVICE_CALL void add_outputs_norm() const {
-        for (int v = thread_; v < values_; v += kNetworkThreads) {
+        for (int v = thread_; v < values_; v += kLayerThreads) {
             float of_weight = 0, of_bias = 0;
             for (int t = 0; t < Tokens; t++) {
                 const float d_o = to_float(*all_.d_o.at(v, t));
@@ -131,8 +174,8 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_hq = {};
-                query_gradients(d_hq, 1, slice, 0, all_.d_o, shared_.hq, shared_.h, all_.d_last,
-                                from, anchor);
+                query_gradients(d_hq, slice, 0, all_.d_o, shared_.hq, shared_.h, all_.d_last,
+                                from.layer(1), anchor.layer[1]);
                 for_pairs(d_hq, slice, 0, [&](int f, int t, float x, float y) {
                     Pair<E>& zq = pair_at(shared_.zq.at(f, t));
                     const float2 z = unpack<E>(zq);
@@ -157,10 +200,10 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
                                       const NetworkState& d_after) const {
         Tiles::for_part(keys_, [&](int slice, int token) {
             Sums d_q = {};
-            query_gradients(d_q, 0, slice, token, first_outputs_gradient(), shared_.q, shared_.k,
-                            first_d_scores(), from, anchor);
-            key_gradients(d_k, 0, slice, token, shared_.q, first_d_scores(), first_errors(),
-                          d_after);
+            query_gradients(d_q, slice, token, first_outputs_gradient(), shared_.q, shared_.k,
+                            first_d_scores(), from.layer(0), anchor.layer[0]);
+            key_gradients(d_k, slice, token, shared_.q, first_d_scores(), first_errors(),
+                          d_after.layer(0));
             store_results(d_q, slice, token);
         });
     }
@@ -179,8 +222,8 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_g = {}, u = {};
-                error_gradients(d_g, 0, slice, 0, shared_.zq, shared_.scores, shared_.k, shared_.g,
-                                d_after);
+                error_gradients(d_g, slice, 0, shared_.zq, shared_.scores, shared_.k, shared_.g,
+                                d_after.layer(0));
                 multiply_state<true>(u, anchor.layer[1], slice, shared_.e, 0);
                 const int lane = thread_ % 32;
 #pragma unroll
@@ -206,8 +249,8 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
                                      const NetworkState& d_after) const {
         Tiles::for_part(values_, [&](int slice, int token) {
             Sums d_e = {};
-            error_gradients(d_e, kLast, slice, token, all_.d_o, all_.scores, hidden_of_keys(),
-                            shared_.e, d_after);
+            error_gradients(d_e, slice, token, all_.d_o, all_.scores, hidden_of_keys(), shared_.e,
+                            d_after.layer(kLast));
             if constexpr (Layers == 2)
                 multiply_state<false>(d_e, anchor.layer[1], slice, shared_.g, token);
             store_results(d_e, slice, token);
@@ -232,7 +275,7 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
     }
     DEVICE_CALL void add_errors_norm() const {
         if (!norm_weight_) return;
-        for (int v = thread_; v < values_; v += kNetworkThreads) {
+        for (int v = thread_; v < values_; v += kLayerThreads) {
             float of_weight = 0, of_bias = 0;
             for (int t = 0; t < Tokens; t++)
                 of_weight += result(t, v), of_bias += l2_ ? this->sum(t, v) : 0;
@@ -245,7 +288,7 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_h = {};
-                key_gradients(d_h, 1, slice, 0, shared_.hq, all_.d_last, shared_.e, d_after);
+                key_gradients(d_h, slice, 0, shared_.hq, all_.d_last, shared_.e, d_after.layer(1));
                 if (this->needs_outputs())
                     multiply_state<true>(d_h, anchor.layer[1], slice, all_.d_y, 0);
                 for_pairs(d_h, slice, 0, [&](int f, int t, float x, float y) {
@@ -284,19 +327,19 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
                                      const LayerMatrices& d_anchor) const {
         float products[kProducts] = {};
         if constexpr (Layers == 2) {
-            layer_gradient(at, 0, from, d_state, d_anchor, shared_.zq, shared_.q, products,
-                           [&](auto& sums, int row, int column) {
+            layer_gradient(at, from.layer(0), d_state.layer(0), d_anchor.layer[0], shared_.zq,
+                           shared_.q, products, [&](auto& sums, int row, int column) {
                                multiply_gradient(sums, shared_.z, shared_.k, row, column);
                            });
-            layer_gradient(at, 1, from, d_state, d_anchor, all_.d_o, shared_.hq, products,
-                           [&](auto& sums, int row, int column) {
+            layer_gradient(at, from.layer(1), d_state.layer(1), d_anchor.layer[1], all_.d_o,
+                           shared_.hq, products, [&](auto& sums, int row, int column) {
                                multiply_gradient(sums, shared_.e, shared_.g, row, column);
                                if (this->needs_outputs())
                                    multiply_gradient(sums, all_.d_y, shared_.h, row, column);
                            });
         } else {
-            layer_gradient(at, 0, from, d_state, d_anchor, all_.d_o, shared_.q, products,
-                           [&](auto& sums, int row, int column) {
+            layer_gradient(at, from.layer(0), d_state.layer(0), d_anchor.layer[0], all_.d_o,
+                           shared_.q, products, [&](auto& sums, int row, int column) {
                                if (this->needs_outputs())
                                    multiply_gradient(sums, all_.d_y, shared_.k, row, column);
                            });
@@ -311,6 +354,11 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
     }
 
  private:
+    DEVICE float& result(int t, int v) const { return all_.results[t * Tiles::kSumStride + v]; }
+    DEVICE void store_results(Sums& from, int slice, int token) const {
+        this->store_sums(all_.results, from, slice, token);
+    }
+
     // Of the layer whose inputs are K and Q.
     DEVICE auto first_outputs_gradient() const {
         if constexpr (Layers == 2)
@@ -374,6 +422,8 @@ class NetworkGradients : public NetworkLayerGradients<E, D, Tokens, Layers> {
             this->sum(t, v) = of_loss;  // the last use of this element of Y
         });
     }
+
+    const Layout& all_;
 };
 
 }  // namespace hope

@@ -99,27 +99,33 @@ bool for_network(const TitansParams& p, const Body& body) {
     return widest <= 64 ? for_depth(Constant<64>()) : for_depth(Constant<128>());
 }
 
-// A kernel's instances of one dtype: a block for each (sequence, head).
+// A kernel's instances of one dtype: a block for each (sequence, head). Not inline, so that an
+// extern template keeps them out of other sources.
 template <class E, template <class, int, int, int> class Kernel>
 struct NetworkKernels {
     // Bytes of scratch memory, -1 if no segment fits.
-    static int64_t scratch(const TitansParams& p) {
-        int64_t floats = 0;
-        const bool fits = for_network<E, Kernel>(
-            p, [&](const NetworkPlan& plan, auto) { floats = plan.memory.floats; });
-        return fits ? p.sequences * p.heads * floats * static_cast<int64_t>(sizeof(float)) : -1;
-    }
-    static void run(const TitansParams& p, void* scratch, void* stream) {
-        const int64_t blocks = p.sequences * p.heads;
-        if (blocks == 0) return;
-        for_network<E, Kernel>(p, [&](const NetworkPlan& plan, auto kernel) {
-            NetworkMemory memory = plan.memory;
-            memory.scratch = static_cast<float*>(scratch);
-            launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kNetworkThreads),
-                   plan.shared_bytes, static_cast<cudaStream_t>(stream), p, memory);
-        });
-    }
+    static int64_t scratch(const TitansParams& p);
+    static void run(const TitansParams& p, void* scratch, void* stream);
 };
+
+template <class E, template <class, int, int, int> class Kernel>
+int64_t NetworkKernels<E, Kernel>::scratch(const TitansParams& p) {
+    int64_t floats = 0;
+    const bool fits = for_network<E, Kernel>(
+        p, [&](const NetworkPlan& plan, auto) { floats = plan.memory.floats; });
+    return fits ? p.sequences * p.heads * floats * static_cast<int64_t>(sizeof(float)) : -1;
+}
+template <class E, template <class, int, int, int> class Kernel>
+void NetworkKernels<E, Kernel>::run(const TitansParams& p, void* scratch, void* stream) {
+    const int64_t blocks = p.sequences * p.heads;
+    if (blocks == 0) return;
+    for_network<E, Kernel>(p, [&](const NetworkPlan& plan, auto kernel) {
+        NetworkMemory memory = plan.memory;
+        memory.scratch = static_cast<float*>(scratch);
+        launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLayerThreads), plan.shared_bytes,
+               static_cast<cudaStream_t>(stream), p, memory);
+    });
+}
 
 // body(Type<E>) for the params' dtype.
 template <class Body>

@@ -13,13 +13,14 @@
 //
 // All but E, H, HQ and the scores stay in the registers of the warp that has made them.
 #pragma once
+#include "common/layer_segment.cuh"
 #include "titans/titans_network.cuh"
 
 namespace hope {
 
 template <class E, int D, int Tokens, int Layers>
 struct NetworkLayout {
-    using Tiles = NetworkTiles<E, D, Tokens>;
+    using Tiles = LayerTiles<E, D, Tokens>;
     typename Tiles::ByToken k, q, e;
     typename Tiles::ByFeature z, h, hq;  // Z, H, HQ
     typename Tiles::ByFeature g, zq;     // G, ZQ: where they are kept
@@ -69,24 +70,27 @@ struct RowStatistics {
     float mean, inverse;
 };
 
-template <class E, int D, int Tokens, int Layers>
-class NetworkSegment {
+// Base: LayerSegment, or what extends it.
+template <class E, int D, int Tokens, int Layers, class Base = LayerSegment<E, D, Tokens>>
+class NetworkSegment : public Base {
  public:
     using Layout = NetworkLayout<E, D, Tokens, Layers>;
     using Tiles = typename Layout::Tiles;
     static constexpr int kLast = Layers - 1;
-    // Columns of a state that a warp updates at a time: float operands need more registers.
-    static constexpr int kWide = sizeof(E) == 4 ? 32 : 64;
+    static constexpr int kWide = Base::kWide;
 
-    DEVICE NetworkSegment(const Layout& shared, const TitansParams& p, const Sequence<Tokens>& in)
-        : shared_(shared),
+    // of_base: what the base is made of.
+    template <class... OfBase>
+    DEVICE NetworkSegment(const Layout& shared, const TitansParams& p, const Sequence<Tokens>& in,
+                          const OfBase&... of_base)
+        : Base(of_base...),
+          shared_(shared),
           p_(p),
           in_(in),
           keys_(static_cast<int>(p.key_dim)),
           values_(static_cast<int>(p.value_dim)),
           hidden_(static_cast<int>(Layers == 2 ? p.hidden_dim : p.key_dim)),
           l2_(p.objective == TitansObjective::l2),
-          reads_anchor_(p.read == TitansRead::chunk),
           // A linear memory has a residual only with a norm, and is here only with one.
           residual_(p.residual),
           norm_weight_(matrix(p.norm_weight, in.index, in.head)),
@@ -98,7 +102,7 @@ class NetworkSegment {
     DEVICE void start_rows(const typename Tiles::ByToken& to, const TokenTensor& from, int columns,
                            const Segment& at) const {
         const int pieces = columns / kPerCopy<E>;
-        for (int i = static_cast<int>(threadIdx.x); i < Tokens * pieces; i += kNetworkThreads) {
+        for (int i = static_cast<int>(threadIdx.x); i < Tokens * pieces; i += kLayerThreads) {
             const int row = i / pieces, column = i % pieces * kPerCopy<E>;
             const bool valid = row < at.rows && from.data;
             const E* const source =  // of rows that are not there, any address that is
@@ -176,7 +180,7 @@ class NetworkSegment {
     // ---- the first layer ----
 
     DEVICE_CALL void score_first() const {
-        if (Layers == 2 && !reads_anchor_) score(shared_.q, shared_.k, keys_, shared_.scores);
+        if (Layers == 2 && !reads_anchor_) this->score(shared_.q, shared_.k, keys_, shared_.scores);
     }
     // Reads: with HQ. Keeps: and leaves G and ZQ in their tiles. Without a state to go to, nothing
     // is updated.
@@ -195,7 +199,7 @@ class NetworkSegment {
                 });
                 if constexpr (Reads) {
                     Accumulator<Tiles::kTokenTiles> zq = {};
-                    read_slice(zq, from, anchor, 0, slice, shared_.q, 0);
+                    this->read_slice(zq, from.layer(0), anchor.layer[0], slice, shared_.q, 0);
                     if (!reads_anchor_) {
                         Accumulator<Tiles::kTokenTiles> of_errors = {};
 #pragma unroll
@@ -215,10 +219,10 @@ class NetworkSegment {
                     });
                 }
                 if constexpr (Updates)
-                    update_rows(from, to, 0, slice, shared_.k,
-                                [&](Block<E>& block, int n, const float* factor) {
-                                    round_scaled<E>(block, g, n, factor);
-                                });
+                    this->update_rows(from.layer(0), to.layer(0), slice, shared_.k,
+                                      [&](Block<E>& block, int n, const float* factor) {
+                                          round_scaled<E>(block, g, n, factor);
+                                      });
             });
     }
 
@@ -227,12 +231,13 @@ class NetworkSegment {
     using Sums = Accumulator<Tiles::kPartTiles>;
 
     DEVICE_CALL void score_last(const typename Tiles::Square& to) const {
-        if (!reads_anchor_) score(hidden_of_queries(), hidden_of_keys(), hidden_, to);
+        if (!reads_anchor_) this->score(hidden_of_queries(), hidden_of_keys(), hidden_, to);
     }
     DEVICE_CALL void start_reads(Sums& o, const NetworkState& from,
                                  const LayerMatrices& anchor) const {
         Tiles::for_part(values_, [&](int slice, int token) {
-            read_slice(o, from, anchor, kLast, slice, hidden_of_queries(), token);
+            this->read_slice(o, from.layer(kLast), anchor.layer[kLast], slice, hidden_of_queries(),
+                             token);
         });
     }
     // O, to a tile like that of the sums.
@@ -255,13 +260,13 @@ class NetworkSegment {
     }
     DEVICE_CALL void update_last(const NetworkState& from, const NetworkState& to) const {
         Tiles::template for_pieces<kWide>(values_, hidden_, [&](int row, int column, auto width) {
-            update_piece<decltype(width)::value>(from, to, kLast, row, column, hidden_of_keys(),
-                                                 [&](Block<E>& scaled, int n, const float* factor) {
-                                                     Block<E> block;
-                                                     shared_.e.load_features(block, row, n * 16);
-                                                     scale_columns<E>(scaled, block,
-                                                                      factor + n * 16);
-                                                 });
+            this->template update_piece<decltype(width)::value>(
+                from.layer(kLast), to.layer(kLast), row, column, hidden_of_keys(),
+                [&](Block<E>& scaled, int n, const float* factor) {
+                    Block<E> block;
+                    shared_.e.load_features(block, row, n * 16);
+                    scale_columns<E>(scaled, block, factor + n * 16);
+                });
         });
     }
     DEVICE_CALL void leave_outputs(const Segment& at) const {
@@ -280,6 +285,10 @@ class NetworkSegment {
     }
 
  protected:
+    using Base::reads_anchor_;
+    using Base::store_sums;
+    using Base::subtract;
+
     // ---- pieces ----
 
     DEVICE auto hidden_of_keys() const {
@@ -296,20 +305,6 @@ class NetworkSegment {
     }
 
     DEVICE float& sum(int t, int v) const { return shared_.sums[t * Tiles::kSumStride + v]; }
-    template <int Count>
-    DEVICE static void store_sums(float* to, Accumulator<Count>& from, int slice, int token) {
-        for_pairs(from, slice, token, [&](int v, int t, float x, float y) {
-            to[t * Tiles::kSumStride + v] = x, to[(t + 1) * Tiles::kSumStride + v] = y;
-        });
-    }
-    template <int Count>
-    DEVICE static void subtract(Accumulator<Count>& from, const Accumulator<Count>& x) {
-#pragma unroll
-        for (int tile = 0; tile < Count; tile++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) from[tile][i] -= x[tile][i];
-    }
-
     // body(v) for this thread's columns of its token's row.
     template <class Body>
     DEVICE void for_columns(const Body& body) const {
@@ -334,119 +329,11 @@ class NetworkSegment {
         return residual_ ? x + to_float(*shared_.k.at(v, t)) : x;
     }
 
-    // A * (queries keys^T), lower triangle.
-    template <class Queries, class Keys>
-    DEVICE void score(const Queries& queries, const Keys& keys, int terms,
-                      const typename Tiles::Square& to) const {
-        Tiles::for_lower_blocks([&](int row, int column) {
-            Accumulator<2> x = {};
-            multiply_scores(x, queries, keys, terms, row, column);
-            for_square(row, column, [&](int t, int s, int tile, int i) {
-                const float2 a = pair_at(shared_.a + t * Tiles::kScoreStride + s);
-                pair_at(to.at(s, t)) = pack<E>(x[tile][i] * a.x, x[tile][i + 1] * a.y);
-            });
-        });
-    }
-    template <class Queries, class Keys>
-    DEVICE static void multiply_scores(Accumulator<2>& x, const Queries& queries, const Keys& keys,
-                                       int terms, int row, int column) {
-#pragma unroll 2
-        for (int step = 0; step < terms; step += 16) {
-            Block<E> block;
-            Left<E> left;
-            queries.load_tokens(block, row, step);
-            make_left(left, block);
-            keys.multiply_features(x, left, step, column);
-        }
-    }
-    // body(t, s, tile, i) for the pairs (t, s), (t, s + 1) of a 16x16 block, which are elements i
-    // and i + 1 of the tile.
-    template <class Body>
-    DEVICE static void for_square(int row, int column, const Body& body) {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int tile = 0; tile < 2; tile++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                body(row + lane / 4 + half * 8, column + tile * 8 + lane % 4 * 2, tile, half * 2);
-    }
-
-    // What a layer's states give for queries: b * (W^T queries^T) + c * (S^T queries^T), or the
-    // anchor's.
-    template <class Queries, int Count>
-    DEVICE void read_slice(Accumulator<Count>& result, const NetworkState& from,
-                           const LayerMatrices& anchor, int layer, int slice,
-                           const Queries& queries, int token) const {
-        Accumulator<Count> of_w = {}, of_s = {};
-        if (reads_anchor_) {
-            multiply_state<false>(of_w, anchor.layer[layer], slice, queries, token);
-#pragma unroll
-            for (int tile = 0; tile < Count; tile++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) result[tile][i] = of_w[tile][i];
-            return;
-        }
-        multiply_states<false>(of_w, of_s, from.weights.layer[layer], from.momenta.layer[layer],
-                               slice, queries, token);
-        combine(result, of_w, of_s, shared_.vectors->read_b + token,
-                shared_.vectors->read_c + token);
-    }
-
-    // 16 rows of a layer's states after the segment: W' = b W + c S - (in_weights * errors^T) keys,
-    // S' = m S - (in_momenta * errors^T) keys. scaled_errors(block, n, factors) gives tokens 16 n..
-    template <class Keys, class ScaledErrors>
-    DEVICE void update_rows(const NetworkState& from, const NetworkState& to, int layer, int row,
-                            const Keys& keys, const ScaledErrors& scaled_errors) const {
-        const int columns = from.weights.layer[layer].columns;
-        if (columns % kWide == 0)
-            for (int column = 0; column < columns; column += kWide)
-                update_piece<kWide>(from, to, layer, row, column, keys, scaled_errors);
-        else
-            for (int column = 0; column < columns; column += 16)
-                update_piece<16>(from, to, layer, row, column, keys, scaled_errors);
-    }
-    template <int Columns, class Keys, class ScaledErrors>
-    DEVICE void update_piece(const NetworkState& from, const NetworkState& to, int layer, int row,
-                             int column, const Keys& keys,
-                             const ScaledErrors& scaled_errors) const {
-        const Vectors<Tokens>& vectors = *shared_.vectors;
-        const StateMatrix &w = from.weights.layer[layer], &s = from.momenta.layer[layer];
-        Accumulator<Columns / 8> to_w = {}, to_s = {};
-#pragma unroll
-        for (int n = 0; n < Tokens / 16; n++) {
-            Block<E> block;
-            Left<E> left;
-            scaled_errors(block, n, vectors.in_weights);
-            make_left(left, block);
-            keys.multiply_tokens(to_w, left, n * 16, column);
-            if (!s.data) continue;
-            scaled_errors(block, n, vectors.in_momenta);
-            make_left(left, block);
-            keys.multiply_tokens(to_s, left, n * 16, column);
-        }
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int tile = 0; tile < Columns / 8; tile++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int r = row + lane / 4 + half * 8, c = column + tile * 8 + lane % 4 * 2;
-                const float2 old_w = pair_at(w.at(r, c)),
-                             old_s = s.data ? pair_at(s.at(r, c)) : make_float2(0, 0);
-                const float *const x = &to_w[tile][half * 2], *const y = &to_s[tile][half * 2];
-                pair_at(to.weights.layer[layer].at(r, c)) =
-                    make_float2(vectors.b * old_w.x + vectors.c * old_s.x - x[0],
-                                vectors.b * old_w.y + vectors.c * old_s.y - x[1]);
-                if (s.data)
-                    pair_at(to.momenta.layer[layer].at(r, c)) =
-                        make_float2(vectors.m * old_s.x - y[0], vectors.m * old_s.y - y[1]);
-            }
-    }
-
     const Layout& shared_;
     const TitansParams& p_;
     const Sequence<Tokens>& in_;
     const int keys_, values_, hidden_;
-    const bool l2_, reads_anchor_, residual_;
+    const bool l2_, residual_;
     const float *const norm_weight_, *const norm_bias_;
 };
 

@@ -15,6 +15,7 @@
 //
 // and two more columns: N = 1 before the first token gives m and c, A = 1 gives b.
 #pragma once
+#include "common/recurrence.cuh"
 #include "titans/titans_sequence.cuh"
 
 namespace hope {
@@ -27,14 +28,6 @@ constexpr int kMostThreads = kHelpers + kMostColumns / 16 * 32;
 // shared memory that the smaller GPUs have.
 template <class E, int D>
 constexpr int kTokens = sizeof(E) == 4 ? (D <= 64 ? 32 : 16) : (D <= 64 ? 64 : 32);
-
-// What the state warps need of a segment's gates.
-template <int Tokens>
-struct alignas(16) Vectors {                       // read in pairs
-    float read_b[Tokens], read_c[Tokens];          // how much of the start's W and S token t reads
-    float in_weights[Tokens], in_momenta[Tokens];  // last rows of A and N
-    float b, c, m;                                 // W' = b W + c S - ..., S' = m S - ...
-};
 
 template <class E, int D>
 struct PipelineLayout {
@@ -64,54 +57,6 @@ struct PipelineLayout {
           anchor(carver.take<Pair<E>>(D / 16 * columns * 2 * 4)),
           bytes(carver.used()) {}
 };
-
-// One column of the gates' row recurrences: that of token `thread`, or b's and c's (above).
-struct Recurrence {
-    int thread;
-    float n, a;
-
-    DEVICE Recurrence(int of_thread, int tokens)
-        : thread(of_thread), n(of_thread == tokens), a(of_thread == tokens + 1) {}
-    // gate: momentum and keep of token t; lr: of token `thread`.
-    DEVICE void step(int t, float2 gate, float lr) {
-        n = t == thread ? lr : gate.x * n;
-        a = gate.y * a + n;
-    }
-};
-
-// Threads 0 .. Tokens + 1: columns of A [Tokens][Tokens + kRowPadding], b, c and the rest. `lr` is
-// that of token `thread`, `last` the segment's last token. Rows are those that tokens read.
-template <int Tokens>
-DEVICE void recur(int thread, float lr, const float2* gates, int last, bool before, float* a_matrix,
-                  Vectors<Tokens>& vectors) {
-    if (thread >= Tokens + 2) return;
-    const bool of_token = thread < Tokens, of_momenta = thread == Tokens;
-    float* const column = of_token     ? a_matrix + thread
-                          : of_momenta ? vectors.read_c
-                                       : vectors.read_b;
-    const int stride = of_token ? Tokens + kRowPadding : 1;
-    Recurrence row(thread, Tokens);
-    float last_n = 0, last_a = 0;
-#pragma unroll 8
-    for (int t = 0; t < Tokens; t++) {
-        if (before) column[t * stride] = row.a;
-        row.step(t, gates[t], lr);
-        if (!before) column[t * stride] = row.a;
-        if (t == last) last_n = row.n, last_a = row.a;
-    }
-    if (of_token)
-        vectors.in_weights[thread] = last_a, vectors.in_momenta[thread] = last_n;
-    else if (of_momenta)
-        vectors.c = last_a, vectors.m = last_n;
-    else
-        vectors.b = last_a;
-}
-
-// The 16x16 blocks on and below a matrix's diagonal, counted row by row: at most 4 rows of them.
-DEVICE int block_row(int block) { return (block >= 1) + (block >= 3) + (block >= 6); }
-DEVICE int block_column(int block) { return block - block_row(block) * (block_row(block) + 1) / 2; }
-template <int Tokens>
-constexpr int kLowerBlocks = Tokens / 16 * (Tokens / 16 + 1) / 2;
 
 // Named barriers: kFull and kEmpty, one for even and one for odd segments.
 enum PipelineBarrier { kFull = 1, kEmpty = 3, kHelpersOnly = 5 };

@@ -14,13 +14,9 @@ namespace hope {
 // Before the segment, and gradients after it.
 enum StateKind { kWeights, kMomenta, kWeightsGradient, kMomentaGradient, kStateKinds };
 
-// Inner products of the states' gradients after a segment with the states before it: <dW', W>,
-// <dW', S>, <dS', S>, which is what b, c and m receive. They are taken of the rounded states, which
-// adds to the errors of the products that made them: in 16 bits the gates' gradients err by
-// somewhat more than torch's. A sequence's first state is what was given; there they are taken in
-// float.
-enum StateProduct { kWeightsWeights, kWeightsMomenta, kMomentaMomenta, kProducts };
-
+// The states' inner products are taken of the rounded states, which adds to the errors of the
+// products that made them: in 16 bits the gates' gradients err by somewhat more than torch's. A
+// sequence's first state is what was given; there they are taken in float.
 template <class E, int D>
 struct TitansWindow {
     static constexpr int kRows = kTokens<E, D>;
@@ -33,7 +29,7 @@ struct TitansWindow {
     struct Chunks {
         int first, last;
         bool starts, ends;  // its start is in the window, its end
-        DEVICE bool any() const { return starts || ends || first < last; }
+        DEVICE bool any() const { return starts || first < last; }  // also an empty sequence
     };
 
     __host__ __device__ static int rows(const TitansParams& p) {

@@ -277,6 +277,26 @@ def compile_object(
     return output
 
 
+def precompile(
+    names: Iterable[str],
+    folder: Path,
+    *,
+    defines: Iterable[str] = (),
+    flags: Iterable[str] = (),
+    csrc: Path = ROOT / "csrc",
+) -> list[str]:
+    """Compiles system headers and the emulator's in advance, for kernels in `plain`.
+
+    Returns what to add to the flags of ``compile_object``, which have to be the same otherwise.
+    """
+    header = folder / "precompiled.h"
+    header.write_text("".join(f"#include {name}\n" for name in names))
+    command = [compiler(), *_flags(Path("kernel.cu"), "plain", (), defines, csrc), *flags]
+    command[command.index("-x") + 1] = "c++-header"
+    _run([*command, str(header), "-o", f"{header}.gch"])
+    return ["-include", str(header)]
+
+
 def build(
     sources: Iterable[Path],
     variant: str = "plain",

@@ -17,13 +17,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from backends import NARROW
-from laws import assert_as_good_as_torch, torchs_errors
+from laws import Bound, assert_as_good_as_torch, torchs_errors
 
 import hope_ext
 from hope_ext import testing
@@ -67,29 +67,56 @@ def _conv(name: str, **options) -> Case:
 
 def instances() -> Iterator[Instance]:
     for dtype in NARROW:
-        for key, value, other in ((16, 64, 16), (32, 16, 128), (64, 128, 32), (128, 32, 64)):
+        for key, value, other, way in (
+            (16, 64, 16, {}),
+            (32, 16, 128, {"read": "before"}),
+            (64, 128, 64, {"objective": "dot", "momentum": False, "decay": False}),
+            (128, 32, 64, {"read": "chunk"}),
+        ):
             size = {"key": key, "value": value}
             yield Instance(
                 _titans(f"chunks-{key}x{value}", batch=1, tokens=41, **size), dtype, BUSY
             )
             steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
-            yield Instance(_titans(f"step-{key}x{value}", **steps, **size), dtype, BUSY, False)
-            # Two segments in a chunk, or more; the second sequence goes on inside one.
-            packed = {"bounds": [0, 20, 110], "positions": [0, 70]}
+            yield Instance(
+                _titans(f"step-{key}x{value}", **steps, **size, **way), dtype, BUSY, False
+            )
+            # Two segments in a chunk, or more; the second sequence goes on inside one and ends
+            # inside the next.
+            packed = {"bounds": [0, 20, 110], "positions": [0, 30]}
             yield Instance(
                 _titans(f"packed-{key}x{other}", batch=1, tokens=110, key=key, value=other,
                         chunk_size=80, read="before", **packed),
                 dtype,
                 SMALL,
             )  # fmt: skip
-        size = {"key": 16, "value": 32}
+        # Sequences that are empty, that end in the chunk they begin in, or just where one ends.
+        bounds = {"bounds": [0, 3, 3, 20, 36, 75], "positions": [12, 4, 31, 16, 7]}
+        for read, device in (("after", {}), ("before", SMALL), ("chunk", {})):
+            yield Instance(
+                _titans(f"bounds_{read}-32x16", batch=1, tokens=75, key=32, read=read, **bounds),
+                dtype,
+                device,
+            )
+        # States are kept at every third chunk or so; a window holds several such stretches.
+        yield Instance(
+            _titans("stretches-32x16", batch=2, tokens=66, key=32, chunk_size=4), dtype, {}
+        )
         for read in ("before", "chunk"):
             plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
-            yield Instance(_titans(f"plain-{read}", batch=1, tokens=33, **plain), dtype, IDLE)
+            yield Instance(
+                _titans(f"plain_{read}-32x32", batch=1, tokens=33, key=32, value=32, **plain),
+                dtype,
+                IDLE,
+            )
         yield from _networks(dtype)
-        for width in (2, 3, 4, 1, 9):
+        for width in (2, 3, 4, 1, 9, 64):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
+        for width in (4, 9):  # several blocks, over channels and over segments
+            yield Instance(
+                _conv(f"blocks-{width}", width=width, batch=1, tokens=140, channels=132), dtype, {}
+            )
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
 
 
@@ -135,6 +162,38 @@ def _networks(dtype: torch.dtype) -> Iterator[Instance]:
     yield Instance(_titans("norm-step", **steps, key=32, value=32, **norm), dtype, {}, False)
 
 
+def check(
+    match: str,
+    seeds: Iterable[int],
+    bounds: Mapping[str, list[Bound]],
+    *,
+    backward: bool = True,
+) -> None:
+    """Runs the instances whose names match in the loaded library; raises at the first mistake.
+
+    ``bounds`` are those of some instances, by name; the others' are computed.
+    """
+    for instance in instances():
+        name, (case, dtype, device, trains) = str(instance), instance
+        if not re.search(match, name):
+            continue
+        known = bounds.get(name)
+        if trains and not backward:
+            trains, known = False, known and [b for b in known if "without gradient" in b.name]
+        for seed in seeds:
+            settings = {**device, "EMULATOR_SEED": str(seed)}
+            before = {setting: os.environ.get(setting) for setting in settings}
+            os.environ.update(settings)
+            print(f"{name}, seed {seed}", end=": ", flush=True)
+            begin = time.monotonic()
+            assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known)
+            print(f"{time.monotonic() - begin:.1f} s")
+            for setting, value in before.items():
+                os.environ.pop(setting, None)
+                if value is not None:
+                    os.environ[setting] = value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("library", type=Path)
@@ -143,29 +202,16 @@ def main() -> int:
     parser.add_argument("--match", default="")
     options = parser.parse_args()
     testing.use_emulated(options.library)
-    kept = options.bounds and options.bounds.exists()
-    bounds = torch.load(options.bounds, weights_only=False) if kept else {}
-    for instance in instances():
-        name, (case, dtype, device, trains) = str(instance), instance
-        if options.bounds and not kept:
+    bounds = {}
+    if options.bounds and options.bounds.exists():
+        bounds = torch.load(options.bounds, weights_only=False)
+    elif options.bounds:
+        for instance in instances():
+            case, dtype, _, trains = instance
             arguments = case.make(dtype, "cpu")
-            bounds[name] = torchs_errors(case, arguments, dtype, trains=trains)
-        if not re.search(options.match, name):
-            continue
-        for seed in options.seeds:
-            settings = {**device, "EMULATOR_SEED": str(seed)}
-            before = {setting: os.environ.get(setting) for setting in settings}
-            os.environ.update(settings)
-            print(f"{name}, seed {seed}", end=": ", flush=True)
-            begin = time.monotonic()
-            assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=bounds.get(name))
-            print(f"{time.monotonic() - begin:.1f} s")
-            for setting, value in before.items():
-                os.environ.pop(setting, None)
-                if value is not None:
-                    os.environ[setting] = value
-    if options.bounds and not kept:
+            bounds[str(instance)] = torchs_errors(case, arguments, dtype, trains=trains)
         torch.save(bounds, options.bounds)
+    check(options.match, options.seeds, bounds)
     return 0
 
 

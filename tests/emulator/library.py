@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,13 +37,16 @@ def make(
     *,
     instead: Mapping[Path, Path] | None = None,
     csrc: Path = build.ROOT / "csrc",
+    link: Iterable[str] = (),
 ) -> Path:
     """Builds the library.
 
     Args:
         variant: of the kernels, see ``build``; sanitizers do not look at the host code.
-        instead: other files for some of ``kernels()``. What headers define comes from these.
+        instead: other files for some of ``kernels()``, sources or what ``build.compile_object``
+            made of them. What headers define comes from these.
         csrc: where they find the project's headers.
+        link: further arguments for the linker.
 
     Raises:
         build.Unavailable, build.CompileError
@@ -54,9 +57,11 @@ def make(
     instead = instead or {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # The linker keeps the first of equal inline functions.
-        tasks = [pool.submit(compiled, other, variant, csrc=csrc) for other in instead.values()]
+        sources = [other for other in instead.values() if other.suffix != ".o"]
+        tasks = [pool.submit(compiled, source, variant, csrc=csrc) for source in sources]
         tasks += [pool.submit(compiled, source, include=include) for source in host]
         tasks += [pool.submit(compiled, s, variant) for s in kernels() if s not in instead]
-        objects = [task.result() for task in tasks]
-    link = [f"-L{libraries}", *(f"-l{library}" for library in LIBRARIES)]
+        objects = [other for other in instead.values() if other.suffix == ".o"]
+        objects += [task.result() for task in tasks]
+    link = [f"-L{libraries}", *(f"-l{library}" for library in LIBRARIES), *link]
     return build.build(objects, variant, shared=True, link=link)

@@ -3,43 +3,102 @@
     make mutate ARGS="csrc/titans/titans_states.cuh --minutes 30"
 
 Every mutant is one change in one line: a barrier or a wait less, a statement less, a comparison or
-a sign turned round, a number greater by one. Built in a copy of csrc, it is tried on some of
-``instances.py`` under two schedules; the few that pass there meet the laws and the facts of their
-operator, then the race detector and AddressSanitizer. Mutants come in random order, so a run that
-the time limit ends is a sample. What survives is a line that does not matter, or a test that is
-missing: those that have been understood are in survivors.md, as the line before and after.
+a sign turned round, a number greater by one. Built in a copy of csrc, it is tried on a few of
+``instances.py`` under two schedules; the few that pass there meet more of them, then the laws and
+the facts of their operator, the race detector and AddressSanitizer. Mutants come in random order,
+so a run that the time limit ends is a sample. What survives is a line that does not matter, or a
+test that is missing: those that have been understood are in survivors.md, as the line before and
+after. A mutant of which the compiler makes the code that it made before is no survivor.
+
+A survivor takes a hundred times as long as what the first instances notice. So it pays to look at
+all with --quick, to explain or mend what can be seen by reading, and to try the rest with --only.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from emulator import build, library
+import torch
+
+from emulator import build, instances, library
+from hope_ext import testing
 
 CSRC = build.ROOT / "csrc"
 KNOWN = build.HERE / "survivors.md"
 INSTANCES = build.HERE / "instances.py"
-# A mutant that takes longer hangs; some spoil the heap and wait for it forever.
-SECONDS = {"few instances": 60, "all instances, laws": 200, "races": 600, "address": 600}
 PRIMITIVES = {Path("common/primitives.cuh"), Path("common/launch.cuh")}  # they have self-tests
-# The first try leaves most instances out, which saves most of the compiler's time.
-FEW_INSTANCES = {
-    Path("titans/titans_launch.cuh"): (
-        r"case (?:32|128):\s*return body\(\w+, Constant<\w+>\(\)\);"
-        r"|case Element::float16:\s*return for_key\(Type<fp16>\(\)\);"
-    )
-}
-FEW = r"^(conv|titans-(plain|\w+-(16|64)x)).*-(float32|bfloat16)$"
+# Threads that wait for each other are slow where several mutants want the processors.
+ENVIRONMENT = {"PYTHONPATH": f"{build.ROOT}:{build.HERE.parent}", "OMP_NUM_THREADS": "1"}
+# Compiling is most of the work; nobody debugs a mutant.
+FLAGS = ("-O1", "-g0")
+LINK = ("-Wl,--strip-debug",)
+FAST_LINKER = "-fuse-ld=gold"
+HEADERS = ("<algorithm>", "<cuda_runtime.h>", "<cuda_bf16.h>", "<cuda_fp16.h>", '"cuda_emulator.h"')
+KEYS, DTYPES = (16, 32, 64, 128), ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A build of a mutant, and what tries it."""
+
+    name: str
+    seconds: float  # A mutant that takes longer hangs; some spoil the heap and wait for it forever.
+    variant: str = "plain"
+    keys: tuple[int, ...] = KEYS  # instances that are compiled and run
+    dtypes: tuple[str, ...] = DTYPES
+    seeds: tuple[int, ...] = (1,)
+    backward: bool = True  # False: only the kernels of the forward, if that makes fewer sources
+    tests: bool = False
+
+    @property
+    def match(self) -> str:
+        """The instances, for ``instances.check``."""
+        keys, dtypes = ("|".join(map(str, some)) for some in (self.keys, self.dtypes))
+        return rf"^(conv|titans-\w+-({keys})x).*-({dtypes})$"
+
+    def left_out(self) -> list[tuple[Path, str]]:
+        """Files within csrc, and what takes the other instances from them."""
+        keys = "|".join(str(key) for key in KEYS if key not in self.keys)
+        dtypes = [dtype for dtype in DTYPES if dtype not in self.dtypes]
+        launch, conv = Path("titans/titans_launch.cuh"), Path("conv/conv_cuda.cu")
+        types = {"float32": "float", "bfloat16": "bf16", "float16": "fp16"}
+        left_out = [(launch, rf"case (?:{keys}):\s*return body\(\w+, Constant<\w+>\(\)\);")]
+        for dtype in dtypes:
+            left_out += [
+                (launch, rf"case Element::{dtype}:\s*return for_key\(Type<\w+>\(\)\);"),
+                (conv, rf"(?<=\s)run<{types[dtype]}>\(p, backward, queue\)(?=;)"),
+            ]
+        return left_out if keys else left_out[1:]
+
+
+FEW = {"keys": (16, 128), "dtypes": ("bfloat16",)}
+FIRST = {"keys": (32,), "dtypes": ("float32",), "seeds": (1, 2)}
+STAGES = (
+    Stage("forward", 20, **FIRST, backward=False),
+    Stage("first instances", 30, **FIRST),
+    Stage("few instances", 60, **FEW, seeds=(3,)),
+    Stage("all instances, laws", 400, tests=True),
+    Stage("races", 600, "races", **FEW),
+    Stage("address", 600, "address", dtypes=("float32", "bfloat16")),
+)
+QUICK = 2  # stages
 
 
 @dataclass(frozen=True)
@@ -132,124 +191,237 @@ def stem_of(file: Path) -> str:
     return "" if file.parts[0] == "common" else file.parts[0]
 
 
-@dataclass
-class Attempt:
-    """One build of a mutant, and what tries it."""
+def compiling() -> dict[str, list[str]]:
+    """How mutants are compiled."""
+    options = library.options()
+    options["flags"] += FLAGS
+    return options
 
-    name: str
-    variant: str
-    csrc: Path
-    match: str
-    seeds: tuple[int, ...] = (1,)
-    tests: bool = False
+
+SAME_CODE = "changes no code"
+EVERYTHING = Path("common/tile.cuh")  # all kernels include it
 
 
 class Workshop:
-    """Copies of csrc, in which one line at a time is changed."""
+    """Copies of csrc, one for each stage, in which one line at a time is changed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.csrc, self.few = folder / "csrc", folder / "few"
-        self.bounds = folder / "bounds.pt"
-        for copy in (self.csrc, self.few):
-            shutil.copytree(CSRC, copy)
-        for file, instances in FEW_INSTANCES.items():
-            source = self.few / file
-            source.write_text(re.sub(instances, "", source.read_text()))
-        whole = Attempt("definitions", "plain", CSRC, "")
-        if problem := self.try_instances(library.make(), whole):  # and leaves the bounds
-            raise SystemExit(f"the kernels as they are: {problem}")
+    def __init__(self, folder: Path, bounds: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.copies, self.bounds_file = {}, bounds
+        self.bounds = torch.load(bounds, weights_only=False)
+        self.link = [*LINK, *([FAST_LINKER] if build.supports(FAST_LINKER) else [])]
+        self.options = compiling()
+        self.options["flags"] += build.precompile(HEADERS, folder, **self.options)
+        for number, stage in enumerate(STAGES):
+            self.copies[stage] = shutil.copytree(CSRC, folder / str(number))
+            for file, others in stage.left_out():
+                source = self.copies[stage] / file
+                text, count = re.subn(others, lambda m: "\n" * m[0].count("\n"), source.read_text())
+                assert count, f"{file} has changed: {others}"
+                source.write_text(text)
 
-    def attempts(self, file: Path) -> Iterator[Attempt]:
-        stem = f"(?=^{stem_of(file)})"
-        if file not in FEW_INSTANCES:  # whose lines are others there
-            yield Attempt("few instances", "plain", self.few, stem + FEW, (1, 2))
-        yield Attempt("all instances, laws", "plain", self.csrc, stem, tests=True)
-        yield Attempt("races", "races", self.csrc, stem)
-        yield Attempt("address", "address", self.csrc, stem)
-
-    def judge(self, mutant: Mutant) -> str | None:
+    def judge(self, mutant: Mutant, stages: Iterable[Stage] = STAGES) -> str | None:
         """Who catches the mutant, or None."""
-        for attempt in self.attempts(mutant.file):
-            file = attempt.csrc / mutant.file
+        for stage in stages:
+            if not self.sources(stage, mutant.file):
+                continue
+            file = self.copies[stage] / mutant.file
             original = file.read_text()
             lines = original.splitlines()
-            assert lines[mutant.line - 1] == mutant.before
+            if lines[mutant.line - 1] != mutant.before:
+                continue  # one of those that are left out
             lines[mutant.line - 1] = mutant.after
-            file.write_text("\n".join(lines) + "\n")
+            whole = stage.left_out() == [] and stage.variant == "plain"
+            before = self.compiled(stage, mutant.file) if whole else {}
             try:
-                problem = self.try_out(attempt, mutant.file)
+                file.write_text("\n".join(lines) + "\n")
+                problem = self.try_out(stage, mutant.file, before, tests=stage.tests)
             except build.CompileError:
                 problem = "does not compile"
             finally:
                 file.write_text(original)
             if problem:
-                return f"{attempt.name}: {problem}"
+                return problem if problem == SAME_CODE else f"{stage.name}: {problem}"
         return None
 
-    def try_out(self, attempt: Attempt, file: Path) -> str | None:
-        """What is wrong, or None."""
+    def sources(self, stage: Stage, file: Path) -> list[Path]:
+        """The kernels that a file is part of; none if the stage has nothing of its own to say."""
         sources = [s for s in library.kernels() if file in included(s.relative_to(CSRC))]
-        instead = {source: attempt.csrc / source.relative_to(CSRC) for source in sources}
-        made = library.make(attempt.variant, instead=instead, csrc=attempt.csrc)
-        try:
-            problem = self.try_instances(made, attempt)
-            return problem or (self.try_tests(made, stem_of(file)) if attempt.tests else None)
-        finally:  # thousands of them would fill the disk
-            made.unlink()
-            options = {"csrc": attempt.csrc, **library.options()}
-            for source in instead.values():
-                kept = build.compile_object(source, attempt.variant, **options)
-                kept.with_suffix(".o.log").unlink()
-                kept.unlink()
+        forward = [source for source in sources if "_bwd_" not in source.name]
+        return sources if stage.backward else forward if forward != sources else []
 
-    def try_instances(self, made: Path, attempt: Attempt) -> str | None:
-        command = [sys.executable, INSTANCES, made, "--bounds", self.bounds]
-        command += ["--match", attempt.match, "--seeds", *attempt.seeds]
+    def compiled(self, stage: Stage, file: Path) -> dict[Path, Path]:
+        """Their objects."""
+        csrc, sources = self.copies[stage], self.sources(stage, file)
+        options = self.options if stage.variant == "plain" else compiling()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            tasks = {
+                source: pool.submit(
+                    build.compile_object,
+                    csrc / source.relative_to(CSRC),
+                    stage.variant,
+                    csrc=csrc,
+                    **options,
+                )
+                for source in sources
+            }
+        return {source: task.result() for source, task in tasks.items()}
+
+    def try_out(
+        self, stage: Stage, file: Path, before: Mapping[Path, Path], *, tests: bool
+    ) -> str | None:
+        """What is wrong, or None. `before`: the objects without the change, if that is of interest.
+
+        What is compiled here is thrown away again: thousands of mutants would fill the disk.
+        """
+        objects, made = self.compiled(stage, file), None
         try:
-            run = build.run(
-                command,
-                attempt.variant,
-                preload=True,
-                extra={"PYTHONPATH": f"{build.ROOT}:{build.HERE.parent}"},
-                timeout=SECONDS.get(attempt.name, 300),
-            )
-        except subprocess.TimeoutExpired:
-            return "hangs"
-        return verdict(run)
+            if before and all(before[s].read_bytes() == o.read_bytes() for s, o in objects.items()):
+                return SAME_CODE
+            made = library.make(stage.variant, instead=objects, link=self.link)
+            problem = self.try_instances(made, stage, f"(?=^{stem_of(file)}){stage.match}")
+            return problem or (self.try_tests(made, stem_of(file)) if tests else None)
+        finally:
+            for source, output in objects.items():
+                if before.get(source) != output:
+                    output.with_suffix(".o.log").unlink(missing_ok=True)
+                    output.unlink(missing_ok=True)
+            if made:
+                made.unlink()
+
+    def try_instances(self, made: Path, stage: Stage, match: str) -> str | None:
+        def check() -> None:
+            testing.use_emulated(made)
+            instances.check(match, stage.seeds, self.bounds, backward=stage.backward)
+
+        if stage.variant == "plain":
+            return verdict(forked(check, stage.seconds))
+        command = [sys.executable, INSTANCES, made, "--bounds", self.bounds_file]
+        command += ["--match", match, "--seeds", *stage.seeds]
+        commands = [command]
+        if stage.variant == "address":
+            commands.append([sys.executable, build.HERE / "nonsense.py", made])
+        for command in commands:
+            run = functools.partial(build.run, command, stage.variant, preload=True)
+            if problem := verdict(within(run, stage.seconds, ENVIRONMENT)):
+                return problem
+        return None
 
     def try_tests(self, made: Path, stem: str) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += ["-k", f"emulated and {stem}" if stem else "emulated"]
         command += [build.HERE.parent / f"test_{name}.py" for name in ("ops", "titans", "conv")]
-        extra = {"HOPE_EMULATED_LIBRARY": str(made)}
-        try:
-            return verdict(build.run(command, extra=extra, timeout=400))
-        except subprocess.TimeoutExpired:
-            return "hangs"
+        run = functools.partial(build.run, command)
+        return verdict(within(run, 400, {**ENVIRONMENT, "HOPE_EMULATED_LIBRARY": str(made)}))
 
 
-def verdict(run: subprocess.CompletedProcess[str]) -> str | None:
-    if run.returncode == 0:
+class Said(NamedTuple):
+    """How a process ended; None if it did not."""
+
+    status: int | None
+    text: str
+
+
+def within(run: Callable, seconds: float, extra: Mapping[str, str]) -> Said:
+    try:
+        ran = run(extra=extra, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return Said(None, "")
+    return Said(ran.returncode, ran.stdout)
+
+
+def forked(work: Callable[[], None], seconds: float) -> Said:
+    """Runs Python in a copy of this process, which has torch already: that takes a second to load.
+
+    Nobody may have made threads here, torch's included.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+                sys.stdout = os.fdopen(1, "w", closefd=False)
+                work()
+                status = 0
+            except BaseException:
+                sys.stdout.write(traceback.format_exc())
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        end = time.monotonic() + seconds
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return Said(None, "")
+            time.sleep(0.01)
+        said.seek(0)
+        return Said(os.waitstatus_to_exitcode(ended[1]), said.read())
+
+
+def verdict(said: Said) -> str | None:
+    if said.status is None:
+        return "hangs"
+    if said.status == 0:
         return None
-    lines = run.stdout.splitlines() or [""]
+    lines = said.text.splitlines() or [""]
     told = [
         line for line in lines if re.search(r"^(E +)?\w*Error: |^SUMMARY: |runtime error: ", line)
     ]
-    return f"{(told or lines)[-1].removeprefix('E').strip()[:120]} (status {run.returncode})"
+    return f"{(told or lines)[-1].removeprefix('E').strip()[:120]} (status {said.status})"
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 
+def listed(file: Path) -> set[tuple[str, str, str]]:
+    """The keys of mutants in a list like survivors.md, or like what a run prints in the end."""
+    entries = re.findall(r"^- `([^`]+)`: `([^`]+)` -> `([^`]+)`", file.read_text(), re.MULTILINE)
+    return set(entries)
+
+
 def known() -> set[tuple[str, str, str]]:
     """The survivors that have been explained."""
-    entries = re.findall(r"^- `([^`]+)`: `([^`]+)` -> `([^`]+)`", KNOWN.read_text(), re.MULTILINE)
-    return set(entries)
+    return listed(KNOWN)
 
 
 def kernel_files() -> list[Path]:
     files = {file for s in library.kernels() for file in included(s.relative_to(CSRC))}
     return sorted(file for file in files - PRIMITIVES if file.suffix in (".cu", ".cuh"))
+
+
+def as_they_are(folder: Path, bounds: Path, stages: Iterable[Stage]) -> None:
+    """The kernels without a change pass; leaves what the definitions give in `bounds`."""
+    command = [sys.executable, INSTANCES, library.make(), "--bounds", bounds, "--match", "^$"]
+    problem = verdict(within(functools.partial(build.run, command), 400, ENVIRONMENT))
+    if not problem:
+        workshop = Workshop(folder, bounds)
+        problems = (workshop.try_out(stage, EVERYTHING, {}, tests=False) for stage in stages)
+        problem = next(filter(None, problems), None)
+    if problem:
+        raise SystemExit(f"the kernels as they are: {problem}")
+
+
+class Worker:
+    """What a process of the pool has: its own copies of csrc."""
+
+    workshop: Workshop
+    stages: tuple[Stage, ...]
+    end: float
+
+    @classmethod
+    def start(cls, folder: Path, bounds: Path, stages: tuple[Stage, ...], end: float) -> None:
+        cls.workshop = Workshop(Path(tempfile.mkdtemp(dir=folder)), bounds)
+        cls.stages, cls.end = stages, end
+
+    @classmethod
+    def judge(cls, mutant: Mutant) -> tuple[Mutant, bool, str | None]:
+        """The mutant, whether there was time for it, and who caught it."""
+        if time.monotonic() > cls.end:
+            return mutant, False, None
+        return mutant, True, cls.workshop.judge(mutant, cls.stages)
 
 
 def main() -> int:
@@ -258,27 +430,42 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--list", action="store_true", help="only say which mutants there are")
+    parser.add_argument("--quick", action="store_true", help="only some instances: seconds for one")
+    parser.add_argument("--only", type=Path, help="a list of mutants, as a run prints it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     options = parser.parse_args()
     files = [file.resolve().relative_to(CSRC) for file in options.files]
     files = files or kernel_files()
-    explained = known()
-    todo = [m for file in files for m in mutants(file) if m.key not in explained]
+    explained, only = known(), listed(options.only) if options.only else None
+    todo = [
+        mutant
+        for file in files
+        for mutant in mutants(file)
+        if mutant.key not in explained and (only is None or mutant.key in only)
+    ]
     random.Random(options.seed).shuffle(todo)
     if options.list:
         print("\n".join(map(str, sorted(todo, key=lambda m: (m.file, m.line)))))
         return 0
-    begin, survivors, tried = time.monotonic(), [], 0
+    stages = STAGES[:QUICK] if options.quick else STAGES
+    torch.set_num_threads(1)  # see `forked`
+    begin, survivors, same, tried = time.monotonic(), [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(Path(folder))
-        for mutant in todo:
-            if time.monotonic() - begin > 60 * options.minutes:
-                break
-            tried += 1
-            verdict = workshop.judge(mutant)
-            survivors += [] if verdict else [mutant]
-            print(f"[{tried}/{len(todo)}] {mutant}\n    {verdict or 'SURVIVES'}", flush=True)
-    print(f"\n{len(survivors)} of {tried} mutants survive ({len(todo)} there are):")
-    print("\n".join(f"- `{m.file.name}`: " + str(m).partition(": ")[2] for m in survivors))
+        bounds = Path(folder, "bounds.pt")
+        as_they_are(Path(folder, "as-they-are"), bounds, stages)
+        start = (Path(folder), bounds, stages, begin + 60 * options.minutes)
+        with multiprocessing.get_context("fork").Pool(options.jobs, Worker.start, start) as pool:
+            for mutant, was_tried, caught in pool.imap_unordered(Worker.judge, todo):
+                if not was_tried:
+                    continue
+                tried += 1
+                same += caught == SAME_CODE
+                survivors += [] if caught else [mutant]
+                print(f"[{tried}/{len(todo)}] {mutant}\n    {caught or 'SURVIVES'}", flush=True)
+    print(f"\n{len(survivors)} of {tried} mutants survive ({len(todo)} there are); of {same} more")
+    print("the compiler makes the same code:")
+    for m in sorted(survivors, key=lambda m: (m.file, m.line)):
+        print(f"- `{m.file.name}`: " + str(m).partition(": ")[2])
     return 0
 
 

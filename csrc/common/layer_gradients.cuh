@@ -1,77 +1,32 @@
-// What a layer's gradients are made of, in a segment of a memory of two layers, or with a norm: the
-// backward's tiles, and the pieces that titans_network_gradients.cuh puts in order. A layer has
+// What a layer's gradients are made of in a segment, by a warp for its share of rows. A layer has
 // queries and keys (its inputs), d_out (the gradient of what its reads give) and errors; W, S are
 // its states before the segment, dW', dS' their gradients after it.
 #pragma once
-#include "titans/titans_gates.cuh"
-#include "titans/titans_network_segment.cuh"
+#include "common/layer_segment.cuh"
 
 namespace hope {
 
-template <class E, int D, int Tokens, int Layers>
-struct NetworkGradientsLayout {
-    using Forward = NetworkLayout<E, D, Tokens, Layers>;
-    using Tiles = typename Forward::Tiles;
-    using Gates = GateTiles<Tokens, kNetworkWarps, kNetworkWarps>;
-    // dZ * U, each element of the lane that has made it.
-    using Parked = Features<float, false, Tokens + kRowPadding>;
-
-    Gates gates;
-    Forward forward;                                 // sums: Y, then dLoss
-    typename Tiles::ByToken d_o, d_y;                // dO, through the norm; dY
-    typename Tiles::Square scores, d_first, d_last;  // A * HQ H^T; dX of the layers
-    float* results;                                  // [Tokens][kSumStride] dQ, dE, dK
-    float *d_norm_weight, *d_norm_bias;              // [D]
-    Parked parked;
-
-    __host__ __device__ static int64_t parked_floats(const TitansParams& p) {
-        return Layers == 2 ? p.hidden_dim * (Tokens + kRowPadding) : 0;
-    }
-    __host__ __device__ NetworkGradientsLayout(TileCarver& tiles, const TitansParams& p,
-                                               float* parked_at)
-        : NetworkGradientsLayout(tiles.shared(), tiles, p, parked_at) {}
-
- private:
-    __host__ __device__ NetworkGradientsLayout(SharedCarver& carver, TileCarver& tiles,
-                                               const TitansParams& p, float* parked_at)
-        : gates(carver),
-          // Row t of its A is what token t reads.
-          forward(tiles, p, true,
-                  gates.a + (p.read == TitansRead::before ? 0 : Gates::kScoreStride)),
-          d_o{carver.take<E>(Tokens * (D + kRowPadding))},
-          d_y{carver.take<E>(Tokens * (D + kRowPadding))},
-          scores{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          d_first{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          d_last{carver.take<E>(Tokens * Tiles::kScoreStride)},
-          results(tiles.template take<float>(Tokens * Tiles::kSumStride)),
-          d_norm_weight(carver.take<float>(D)),
-          d_norm_bias(carver.take<float>(D)),
-          parked{parked_at} {}
-};
-
-template <class E, int D, int Tokens, int Layers>
-class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
-    using Base = NetworkSegment<E, D, Tokens, Layers>;
+template <class E, int D, int Tokens>
+class LayerGradients : public LayerSegment<E, D, Tokens> {
+    using Base = LayerSegment<E, D, Tokens>;
 
  public:
-    using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
-    using Tiles = typename Layout::Tiles;
-    using Gates = typename Layout::Gates;
-    using Sums = typename Base::Sums;
+    using Tiles = typename Base::Tiles;
+    using Gates = GateTiles<Tokens, kLayerWarps, kLayerWarps>;
 
-    DEVICE NetworkLayerGradients(const Layout& shared, const TitansParams& p,
-                                 const Sequence<Tokens>& in)
-        : Base(shared.forward, p, in), all_(shared), thread_(static_cast<int>(threadIdx.x)) {}
+    // before: tokens read the state before them.
+    DEVICE LayerGradients(const Gates& gates, const float* a, const Vectors<Tokens>& vectors,
+                          bool reads_anchor, bool before, bool has_momenta)
+        : Base(a, vectors, reads_anchor),
+          gates_(gates),
+          before_(before),
+          has_momenta_(has_momenta),
+          thread_(static_cast<int>(threadIdx.x)) {}
 
  protected:
-    using Base::p_;
+    using Base::a_;
     using Base::reads_anchor_;
-    using Base::shared_;
-
-    DEVICE float& result(int t, int v) const { return all_.results[t * Tiles::kSumStride + v]; }
-    DEVICE void store_results(Sums& from, int slice, int token) const {
-        this->store_sums(all_.results, from, slice, token);
-    }
+    using Base::vectors_;
 
     // X = queries keys^T, dP = - d_out errors^T, both lower triangles: dX = A * dP, and X * dP is
     // put, or added, to dA; A * X goes to `scores` if that is not null.
@@ -80,18 +35,17 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
                                      const Outputs& d_out, const Errors& errors, int out_terms,
                                      const typename Tiles::Square* scores,
                                      const typename Tiles::Square& d_scores) const {
-        const int before = p_.read == TitansRead::before;
         Tiles::for_lower_blocks([&](int row, int column) {
             Accumulator<2> x = {}, y = {};
             this->multiply_scores(x, queries, keys, in_terms, row, column);
             this->multiply_scores(y, d_out, errors, out_terms, row, column);
             this->for_square(row, column, [&](int t, int s, int tile, int i) {
-                const float2 a = pair_at(shared_.a + t * Tiles::kScoreStride + s);
+                const float2 a = pair_at(a_ + t * Tiles::kScoreStride + s);
                 if (scores)
                     pair_at(scores->at(s, t)) = pack<E>(x[tile][i] * a.x, x[tile][i + 1] * a.y);
                 pair_at(d_scores.at(s, t)) = pack<E>(-y[tile][i] * a.x, -y[tile][i + 1] * a.y);
-                if (t < before) return;  // it reads what is before the segment
-                float2& d_a = pair_at(all_.gates.d_a + (t - before) * Gates::kScoreStride + s);
+                if (t < before_) return;  // it reads what is before the segment
+                float2& d_a = pair_at(gates_.d_a + (t - before_) * Gates::kScoreStride + s);
                 const float2 old = Adds ? d_a : make_float2(0, 0);
                 d_a = make_float2(old.x - x[tile][i] * y[tile][i],
                                   old.y - x[tile][i + 1] * y[tile][i + 1]);
@@ -101,21 +55,19 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
 
     // b * (W d_out^T) + c * (S d_out^T) + keys^T dX^T: of a layer's queries, 16 of their features.
     template <class Outputs, class Queries, class Keys, int Count>
-    DEVICE void query_gradients(Accumulator<Count>& result, int layer, int slice, int token,
+    DEVICE void query_gradients(Accumulator<Count>& result, int slice, int token,
                                 const Outputs& d_out, const Queries& queries, const Keys& keys,
-                                const typename Tiles::Square& d_scores, const NetworkState& from,
-                                const LayerMatrices& anchor) const {
+                                const typename Tiles::Square& d_scores, const LayerState& from,
+                                const StateMatrix& anchor) const {
         if (reads_anchor_) {
-            multiply_state<true>(result, anchor.layer[layer], slice, d_out, token);
+            multiply_state<true>(result, anchor, slice, d_out, token);
             return;
         }
         Accumulator<Count> of_w = {}, of_s = {};
-        multiply_states<true>(of_w, of_s, from.weights.layer[layer], from.momenta.layer[layer],
-                              slice, d_out, token);
+        multiply_states<true>(of_w, of_s, from, slice, d_out, token);
         add_dots(Gates::kB, of_w, queries, slice, token);
-        if (p_.momentum.data) add_dots(Gates::kC, of_s, queries, slice, token);
-        combine(result, of_w, of_s, shared_.vectors->read_b + token,
-                shared_.vectors->read_c + token);
+        if (has_momenta_) add_dots(Gates::kC, of_s, queries, slice, token);
+        combine(result, of_w, of_s, vectors_.read_b + token, vectors_.read_c + token);
 #pragma unroll
         for (int n = 0; n < Tokens / 16; n++) {
             Block<E> block;
@@ -127,14 +79,12 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
     }
     // queries^T dX - in_weights * (dW' errors^T) - in_momenta * (dS' errors^T): of a layer's keys.
     template <class Queries, class Errors, int Count>
-    DEVICE void key_gradients(Accumulator<Count>& result, int layer, int slice, int token,
+    DEVICE void key_gradients(Accumulator<Count>& result, int slice, int token,
                               const Queries& queries, const typename Tiles::Square& d_scores,
-                              const Errors& errors, const NetworkState& d_after) const {
+                              const Errors& errors, const LayerState& d_after) const {
         Accumulator<Count> of_w = {}, of_s = {};
-        multiply_states<true>(of_w, of_s, d_after.weights.layer[layer],
-                              d_after.momenta.layer[layer], slice, errors, token);
-        combine(of_w, of_w, of_s, shared_.vectors->in_weights + token,
-                shared_.vectors->in_momenta + token);
+        multiply_states<true>(of_w, of_s, d_after, slice, errors, token);
+        combine(of_w, of_w, of_s, vectors_.in_weights + token, vectors_.in_momenta + token);
         this->subtract(result, of_w);
         if (reads_anchor_) return;
 #pragma unroll
@@ -148,17 +98,15 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
     }
     // - d_out^T P - in_weights * (dW'^T keys^T) - in_momenta * (dS'^T keys^T): of a layer's errors.
     template <class Outputs, class Keys, class Errors, int Count>
-    DEVICE void error_gradients(Accumulator<Count>& result, int layer, int slice, int token,
+    DEVICE void error_gradients(Accumulator<Count>& result, int slice, int token,
                                 const Outputs& d_out, const typename Tiles::Square& scores,
                                 const Keys& keys, const Errors& errors,
-                                const NetworkState& d_after) const {
+                                const LayerState& d_after) const {
         Accumulator<Count> of_w = {}, of_s = {};
-        multiply_states<false>(of_w, of_s, d_after.weights.layer[layer],
-                               d_after.momenta.layer[layer], slice, keys, token);
+        multiply_states<false>(of_w, of_s, d_after, slice, keys, token);
         add_dots(Gates::kInWeights, of_w, errors, slice, token);
-        if (p_.momentum.data) add_dots(Gates::kInMomenta, of_s, errors, slice, token);
-        combine(of_w, of_w, of_s, shared_.vectors->in_weights + token,
-                shared_.vectors->in_momenta + token);
+        if (has_momenta_) add_dots(Gates::kInMomenta, of_s, errors, slice, token);
+        combine(of_w, of_w, of_s, vectors_.in_weights + token, vectors_.in_momenta + token);
         if (!reads_anchor_) {
 #pragma unroll
             for (int n = 0; n < Tokens / 16; n++) {
@@ -178,7 +126,7 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
                          int slice, int token) const {
         const int lane = thread_ % 32, warp = thread_ / 32;
         float* const to =
-            all_.gates.sums + (sum * Gates::kSplits + warp) * Tokens + token + lane % 4 * 2;
+            gates_.sums + (sum * Gates::kSplits + warp) * Tokens + token + lane % 4 * 2;
 #pragma unroll
         for (int tile = 0; tile < Count; tile++)
 #pragma unroll
@@ -209,24 +157,23 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
         }
     }
     template <class Outputs, class Queries, class AnchorProducts>
-    DEVICE void layer_gradient(const Segment& at, int layer, const NetworkState& from,
-                               const NetworkState& d_state, const LayerMatrices& d_anchor,
-                               const Outputs& d_out, const Queries& queries,
-                               float (&products)[kProducts],
+    DEVICE void layer_gradient(const Segment& at, const LayerState& from, const LayerState& d_state,
+                               const StateMatrix& d_anchor, const Outputs& d_out,
+                               const Queries& queries, float (&products)[kProducts],
                                const AnchorProducts& anchor_products) const {
-        const StateMatrix& w = from.weights.layer[layer];
+        const StateMatrix& w = from.w;
         Tiles::template for_pieces<32>(w.rows, w.columns, [&](int row, int column, auto width) {
-            piece_gradient<decltype(width)::value>(at, layer, row, column, from, d_state, d_anchor,
-                                                   d_out, queries, products, anchor_products);
+            piece_gradient<decltype(width)::value>(at, row, column, from, d_state, d_anchor, d_out,
+                                                   queries, products, anchor_products);
         });
     }
     template <int Columns, class Outputs, class Queries, class AnchorProducts>
-    DEVICE void piece_gradient(const Segment& at, int layer, int row, int column,
-                               const NetworkState& from, const NetworkState& d_state,
-                               const LayerMatrices& d_anchor, const Outputs& d_out,
-                               const Queries& queries, float (&products)[kProducts],
+    DEVICE void piece_gradient(const Segment& at, int row, int column, const LayerState& from,
+                               const LayerState& d_state, const StateMatrix& d_anchor,
+                               const Outputs& d_out, const Queries& queries,
+                               float (&products)[kProducts],
                                const AnchorProducts& anchor_products) const {
-        const Vectors<Tokens>& vectors = *shared_.vectors;
+        const Vectors<Tokens>& vectors = vectors_;
         Accumulator<Columns / 8> to_w = {}, to_s = {}, to_anchor = {};
         if (reads_anchor_) multiply_gradient(to_anchor, d_out, queries, row, column);
 #pragma unroll
@@ -238,15 +185,13 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
             scale_columns<E>(scaled, block, vectors.read_b + n * 16);
             make_left(left, scaled);
             queries.multiply_tokens(to_w, left, n * 16, column);
-            if (!p_.momentum.data) continue;
+            if (!has_momenta_) continue;
             scale_columns<E>(scaled, block, vectors.read_c + n * 16);
             make_left(left, scaled);
             queries.multiply_tokens(to_s, left, n * 16, column);
         }
         anchor_products(to_anchor, row, column);
-        const StateMatrix &d_w = d_state.weights.layer[layer], &d_s = d_state.momenta.layer[layer],
-                          &d_a = d_anchor.layer[layer], &w = from.weights.layer[layer],
-                          &s = from.momenta.layer[layer];
+        const StateMatrix &d_w = d_state.w, &d_s = d_state.s, &w = from.w, &s = from.s;
         const int lane = thread_ % 32;
 #pragma unroll
         for (int tile = 0; tile < Columns / 8; tile++)
@@ -256,8 +201,8 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
                           c = column + tile * 8 + lane % 4 * 2 + i % 2;
                 float &of_w = *d_w.at(r, c), pending = to_anchor[tile][i];
                 const float after_w = of_w, old_w = *w.at(r, c);
-                if (d_a.data) {
-                    float& of_anchor = *d_a.at(r, c);
+                if (d_anchor.data) {
+                    float& of_anchor = *d_anchor.at(r, c);
                     pending += of_anchor;
                     of_anchor = at.new_chunk ? 0 : pending;
                     if (!at.new_chunk) pending = 0;
@@ -273,7 +218,8 @@ class NetworkLayerGradients : public NetworkSegment<E, D, Tokens, Layers> {
             }
     }
 
-    const Layout& all_;
+    const Gates& gates_;
+    const bool before_, has_momenta_;
     const int thread_;
 };
 
