@@ -111,8 +111,8 @@ def test_missing_fields_take_their_defaults():
             "model.mixer.activation must be 'gelu' or 'silu', not 'relu'",
         ),
         (
-            {"model": {"mixer": {"kind": "hope", "lr_max": 1.5}}},
-            r"model.mixer.lr_max must be in \(0, 1\], not 1.5",
+            {"model": {"mixer": {"kind": "hope", "lr_max": 0.5}}},
+            r"model.mixer.lr_max must be in \(0, 0.2\], .* stable, not 0.5",
         ),
         (
             {"model": {"mixer": {"kind": "hope", "objective": "dot"}}},

@@ -167,8 +167,9 @@ class HopeConfig:
     (the tanh form) or "silu". Keys, values, inner learning rates and retentions are what four of
     them answer; all five learn from these.
 
-    A token's inner learning rate is at most `lr_max / chunk_size / (1 + expansion / 4)`: lower than
-    a Titans memory's, because these memories also decide how much they change.
+    A token's inner learning rate is `lr_max / chunk_size * sigmoid(.)`. lr_max is lower than a
+    Titans memory's: a key that repeats wears W1 away, which makes W2 grow, and with it the steps on
+    W1 (docs/models.md).
     """
 
     kind: ClassVar[str] = "hope"
@@ -177,9 +178,9 @@ class HopeConfig:
     head_dim: int = 32
     expansion: int = 1
     activation: str = "gelu"
-    chunk_size: int = 32
+    chunk_size: int = 16
     conv_width: int = 4  # of the causal convolution on queries and inputs; 1: a factor alone
-    lr_max: float = 0.75
+    lr_max: float = 0.2
     objective: str = "l2"
     read: str = "before"
 
@@ -187,7 +188,12 @@ class HopeConfig:
         for name in ("heads", "head_dim", "expansion", "chunk_size", "conv_width"):
             _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name))
         _choose(self.activation, "activation", "gelu", "silu")
-        _require(0 < self.lr_max <= 1, "lr_max", "in (0, 1]", self.lr_max)
+        _require(
+            0 < self.lr_max <= 0.2,
+            "lr_max",
+            "in (0, 0.2], where the inner loop is stable",
+            self.lr_max,
+        )
         # That of "dot" does not shrink when a value is learned: W1 and W2 would grow without end.
         _require(self.objective == "l2", "objective", "'l2'", self.objective)
         _choose(self.read, "read", "after", "before", "chunk")

@@ -15,17 +15,21 @@ from hope.layers.spectral import limited
 from hope.layers.unit import unit
 
 _NAMES = [field.name for field in fields(hope_ext.SelfModifyingWeights)]
-# The length of what the memories learn from, and so about that of a value. What a memory is told to
-# answer to a key, whose length is 1, is what it answers to the value: were values as long as keys,
-# the slightest gain above 1 would feed itself until it explodes.
-_INPUT_LENGTH = 0.5
-# Where the gates start: an inner learning rate of sigmoid(-5) = 0.0067 for heads of dimension 64 (a
-# token takes about rate / D of what first layers hold), and a half-life of 113,000 tokens.
-_LR_START = -5.0
-_LR_START_DIM = 64
-_RETENTION_START = 12.0
-# The largest spectral norm that a gate's second layer starts with: its logits then move by 2.
-_GATE_NORM = 2.0
+_GATES = ("lr", "retention")
+# The length of what the memories learn from. What a memory m is told to answer to a key k, of
+# length 1, is its own answer to the value v = M_v(x): what it adds to k becomes v - k and what it
+# adds to v. Such learning from one's own predictions ends where v, their discount, is shorter than
+# k. Values are about as long as x at the start, and may become four times as long.
+_INPUT_LENGTH = 1 / 8
+# |k W1| at the start. W2 learns k with |act(k W1)|^2, about 9 / 4, times the rate, while the delta
+# rule takes k out of W1 with the rate alone: what is learned is in W2 long before W1 is worn away.
+_FIRST = 3.0
+# The largest spectral norms that second layers start with; those of gates move logits by more.
+_SECOND, _SECOND_OF_GATE = 0.5, 4.0
+# Where the gates start. A token takes rate / D of what W1 holds of random keys, with nothing to
+# put it back: a rate of at most D / 8,192, and half-lives in tokens and in chunks at least.
+_WEAR = 8_192
+_HALF_LIFE, _HALF_LIFE_IN_CHUNKS = 16_384, 1_000
 
 
 @dataclass
@@ -50,7 +54,7 @@ class SelfModifyingMemory(nn.Module):
 
     Only the two projections, their short convolution with SiLU, and the output's gate are fixed
     while a text is read. Keys, values, inner learning rates and retentions come from memories that
-    rewrite themselves. In every head queries have length 1 and inputs 1/2; every head's output is
+    rewrite themselves. In every head queries have length 1 and inputs 1/8; every head's output is
     normalised and gated as that of TitansMemory.
     """
 
@@ -68,7 +72,7 @@ class SelfModifyingMemory(nn.Module):
                 name: nn.ParameterList(
                     (
                         torch.empty(heads, size, hidden),
-                        torch.empty(heads, hidden, 1 if name in ("lr", "retention") else size),
+                        torch.empty(heads, hidden, 1 if name in _GATES else size),
                     )
                 )
                 for name in _NAMES
@@ -81,28 +85,20 @@ class SelfModifyingMemory(nn.Module):
     def init_weights(self) -> None:
         """Initial values of what is special here; `hope.model` initialises the linear layers.
 
-        Memories start near the identity (those of the gates near 0), and the gate near 1.
+        Memories start near the identity (those of the gates near 0), rates at no more than half of
+        what they may be, and the output's gate near 1.
         """
         self.conv.init_weights()
         for first, second in self.memories.values():
-            nn.init.normal_(first, std=self.config.head_dim**-0.5)
+            nn.init.normal_(first, std=_FIRST * first.shape[-1] ** -0.5)
             nn.init.normal_(second, std=0.02)
         nn.init.zeros_(self.gate.bias)
-        rate = min(1.0, self.config.head_dim / _LR_START_DIM) / (1 + math.exp(-_LR_START))
-        share = min(0.5, rate / self.lr_max)
-        nn.init.constant_(self.lr_bias, math.log(share / (1 - share)))
-        nn.init.constant_(self.retention_bias, _RETENTION_START)
-
-    @property
-    def lr_max(self) -> float:
-        """The most that a token's inner learning rate can be.
-
-        A chunk's gradients are all taken at its start and add up. Each takes |act(k W1)|^2 of the
-        error in the answer to a unit key away through W2, about expansion / 4 at the start, and
-        through W1 about |W2|^2 / 4, which grows while the memory is at work.
-        """
         config = self.config
-        return config.lr_max / config.chunk_size / (1 + config.expansion / 4)
+        share = min(0.5, config.head_dim / _WEAR / (config.lr_max / config.chunk_size))
+        nn.init.constant_(self.lr_bias, math.log(share / (1 - share)))
+        half_life = max(_HALF_LIFE, _HALF_LIFE_IN_CHUNKS * config.chunk_size)
+        logit = -math.log(math.expm1(math.log(2) / half_life))  # of 2^(-1 / half_life)
+        nn.init.constant_(self.retention_bias, logit)
 
     def forward(
         self,
@@ -121,7 +117,7 @@ class SelfModifyingMemory(nn.Module):
             self.retention_bias,
             state=None if state is None else state.memory,
             chunk_size=config.chunk_size,
-            lr_max=self.lr_max,
+            lr_max=config.lr_max / config.chunk_size,
             activation=config.activation,
             objective=config.objective,
             read=config.read,
@@ -135,16 +131,16 @@ class SelfModifyingMemory(nn.Module):
     def start(self) -> hope_ext.SelfModifyingWeights:
         """The memories at the start of a text, matrices [H, ., .].
 
-        Their spectral norms are limited, such that no value is longer than a key at the start,
-        whatever the outer loop learns: |M(x)| <= |x| (1 + |W1| |W2|) = 1.
+        Their spectral norms are limited, whatever the outer loop learns. A value is then no longer
+        than |M(x)| <= |x| (1 + |W1| |W2|) <= 1/2, and a step on W1, which takes up to
+        lr_max |W2|^2 of an error in a chunk, no longer than the error.
         """
-        first = 1 + self.config.expansion**0.5  # that of W1 as it is drawn
-        second = (1 / _INPUT_LENGTH - 1) / first
+        first = _FIRST * (1 + self.config.expansion**-0.5)  # that of W1 as it is drawn
         return hope_ext.SelfModifyingWeights(
             **{
                 name: (
                     limited(w1, first),
-                    limited(w2, _GATE_NORM if name in ("lr", "retention") else second),
+                    limited(w2, _SECOND_OF_GATE if name in _GATES else _SECOND),
                 )
                 for name, (w1, w2) in self.memories.items()
             }
