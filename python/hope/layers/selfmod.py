@@ -21,11 +21,11 @@ _GATES = ("lr", "retention")
 # adds to v. Such learning from one's own predictions ends where v, their discount, is shorter than
 # k. Values are about as long as x at the start, and may become four times as long.
 _INPUT_LENGTH = 1 / 8
-# |k W1| at the start. W2 learns k with |act(k W1)|^2, about 9 / 4, times the rate, while the delta
-# rule takes k out of W1 with the rate alone: what is learned is in W2 long before W1 is worn away.
-_FIRST = 3.0
+# |k W1| at the start. W2 learns k with |act(k W1)|^2, 7 to 10, times the rate, while the delta rule
+# takes k out of W1 with the rate alone: what is learned is in W2 long before W1 is worn away.
+_FIRST = 5.0
 # The largest spectral norms that second layers start with; those of gates move logits by more.
-_SECOND, _SECOND_OF_GATE = 0.5, 4.0
+_SECOND, _SECOND_OF_GATE = 0.3, 4.0
 # Where the gates start. A token takes rate / D of what W1 holds of random keys, with nothing to
 # put it back: a rate of at most D / 8,192, and half-lives in tokens and in chunks at least.
 _WEAR = 8_192
