@@ -12,6 +12,8 @@ from hope.evaluate.evaluation import small
 from hope.model import parameter_count
 from torch import nn
 
+import hope_ext
+
 NAMES = ["hope-tiny", "tiny"]
 SMALL = ["--set", "model.dim=16", "--set", "model.layers=1", "--set", "model.mixer.head_dim=8"]
 
@@ -125,6 +127,7 @@ def test_evaluate_trains_judges_and_writes(task, tmp_path, capsys):
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "runs" / task / "evaluate.json").read_text())
     assert result["task"] == task
+    assert result["build"] == hope_ext.build_info()
     assert [run["preset"] for run in result["runs"]] == NAMES
     for run in result["runs"]:
         assert len(run["loss"]) == run["steps"] == 3

@@ -6,6 +6,7 @@ that is done, its figures. One that was stopped goes on with the first model tha
 
 import json
 import math
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import trange
 
+import hope_ext
 from hope.config import ModelConfig, RunConfig, from_dict, override, to_dict
 from hope.errors import HopeError
 from hope.evaluate.task import IGNORED, Task
@@ -120,6 +122,8 @@ class Evaluation:
             "task": self.task.name,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "build": hope_ext.build_info(),
             "examples": _EXAMPLES,
             "configs": [to_dict(config) for config in self.configs],
             "runs": self.runs,
