@@ -63,7 +63,7 @@ def test_train_says_what_it_does_and_where_the_files_are(train, tmp_path, capsys
         assert (tmp_path / "runs" / "tiny" / path).exists()
 
 
-@pytest.mark.parametrize("name", ["tiny-deep", "tiny-mac", "tiny-mag", "tiny-mal"])
+@pytest.mark.parametrize("name", ["tiny-deep", "tiny-mac", "tiny-mag", "tiny-mal", "hope-tiny"])
 def test_every_variant_learns_and_writes(text, tmp_path, capsys, name):
     sizes = ("--set", "model.mixer.heads=2", "--set", "model.mixer.chunk_size=8")
     near = {"tiny-mac": "segment", "tiny-mag": "window", "tiny-mal": "window"}.get(name)

@@ -6,6 +6,7 @@ import pytest
 from hope import (
     PRESETS,
     AttentionConfig,
+    HopeConfig,
     HopeError,
     MalConfig,
     ModelConfig,
@@ -16,6 +17,7 @@ from hope import (
     preset,
 )
 from hope.config import from_dict, override, to_dict
+from hope.presets import full_hope_parameter_count
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -38,7 +40,7 @@ def test_missing_fields_take_their_defaults():
         ({"model": {"mixer": {"heads": 2}}}, "model.mixer.kind must be one of titans, attention"),
         (
             {"model": {"mixer": "mamba"}},
-            "must be one of titans, attention, mac, mag, mal, not 'mamba'",
+            "must be one of titans, attention, mac, mag, mal, hope, not 'mamba'",
         ),
         (
             {"model": {"mixer": {"kind": "titans", "lr_max": 3}}},
@@ -100,6 +102,26 @@ def test_missing_fields_take_their_defaults():
             {"model": {"mixer": {"kind": "mal", "head_dim": 6}}},
             "model.mixer.head_dim must be a multiple of 4 .*, not 6",
         ),
+        (
+            {"model": {"mixer": {"kind": "hope", "heads": 0}}},
+            "model.mixer.heads must be at least 1, not 0",
+        ),
+        (
+            {"model": {"mixer": {"kind": "hope", "activation": "relu"}}},
+            "model.mixer.activation must be 'gelu' or 'silu', not 'relu'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "hope", "lr_max": 0.5}}},
+            r"model.mixer.lr_max must be in \(0, 0.2\], .* stable, not 0.5",
+        ),
+        (
+            {"model": {"mixer": {"kind": "hope", "objective": "dot"}}},
+            "model.mixer.objective must be 'l2', not 'dot'",
+        ),
+        (
+            {"model": {"mixer": {"kind": "hope", "read": "never"}}},
+            "model.mixer.read must be 'after', 'before' or 'chunk', not 'never'",
+        ),
         ({"train": {"schedule": "flat"}}, "train.schedule must be 'cosine' or 'linear'"),
         ({"train": 3}, "train must be an object with fields, not 3"),
         ({"data": "text"}, "data must be a list of strings"),
@@ -155,9 +177,7 @@ def test_a_budget_is_a_whole_number_of_steps():
 
 
 def test_the_tiny_presets_are_of_one_size():
-    tiny, *others = (
-        parameter_count(preset(name).model) for name in PRESETS if name.startswith("tiny")
-    )
+    tiny, *others = (parameter_count(preset(name).model) for name in PRESETS if "tiny" in name)
     for other in others:
         assert abs(other / tiny - 1) < 0.03
 
@@ -167,6 +187,23 @@ def test_the_tiny_presets_are_of_one_size():
 )
 def test_the_larger_presets_have_the_size_of_their_name(name, size):
     assert abs(parameter_count(preset(name).model) / size - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("hope-340m", 340e6), ("hope-760m", 760e6), ("hope-1.3b", 1.3e9)]
+)
+def test_the_larger_hope_presets_have_the_full_model_s_size(name, size):
+    assert abs(full_hope_parameter_count(preset(name).model) / size - 1) < 0.03
+
+
+def test_the_full_hope_s_size_is_the_sum_of_its_parts():
+    model = ModelConfig(dim=128, layers=3, mixer=HopeConfig(heads=2, head_dim=64))
+    embedding = 32_000 * 128
+    projections, convolution, gate = 3 * 128 * 128, 2 * 128 * 4, 128 * 2 + 2
+    memories, biases = 2 * (3 * 2 * 64 * 64 + 2 * (64 * 64 + 64)), 2 * 2
+    levels, norms = 4 * 2 * 128 * 128, 2 * 128
+    block = projections + convolution + gate + memories + biases + levels + norms
+    assert full_hope_parameter_count(model) == embedding + 3 * block + 128
 
 
 def test_an_unknown_preset_lists_the_known_ones():

@@ -5,13 +5,23 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hope import HopeError, LanguageModel, MacConfig, MagConfig, ModelConfig, TitansConfig
-from hope.layers import MemoryAsContext, TitansMemory
+from hope import (
+    HopeConfig,
+    HopeError,
+    LanguageModel,
+    MacConfig,
+    MagConfig,
+    ModelConfig,
+    TitansConfig,
+)
+from hope.layers import MemoryAsContext, SelfModifyingMemory, TitansMemory
 from hope.layers.attention import rotate_half
+from hope.layers.spectral import limited
 from hope.layers.window import WindowAttention
 from torch import nn
 
 import hope_ext
+from hope_ext import testing
 
 SIZES = {"heads": 2, "head_dim": 8, "chunk_size": 3}
 
@@ -176,3 +186,111 @@ def test_a_deep_memory_starts_near_the_identity():
     hidden = F.gelu(k @ layer.memory[0], approximate="tanh")
     assert hidden.square().sum(-1).mean().item() == pytest.approx(1.0, rel=0.15)
     assert (hidden @ layer.memory[1]).norm(dim=-1).max() < 0.3
+
+
+@pytest.mark.parametrize("read", ["before", "after"])
+def test_a_self_modifying_layer_is_its_definition(read):
+    """The operator's definition between the projections, their convolution, and the output."""
+    config = HopeConfig(**SIZES, expansion=2, read=read)
+    layer = made(SelfModifyingMemory(12, config))
+    memories = {name: [w / 2 for w in weights] for name, weights in layer.memories.items()}
+    with torch.no_grad():  # far below the limits of their norms
+        for name, weights in layer.memories.items():
+            for mine, smaller in zip(weights, memories[name], strict=True):
+                mine.copy_(smaller)
+    x = torch.randn(2, 11, 12, dtype=torch.float64)
+    y, _ = layer(x)
+    taps = F.pad(layer.qx(x), (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, C, K]
+    q, inputs = F.silu((taps * layer.conv.weight).sum(-1)).unflatten(-1, (2, 2, 8)).unbind(2)
+    with testing.backend("reference"):
+        o = hope_ext.self_modifying_memory(
+            F.normalize(inputs, dim=-1) / 8,
+            F.normalize(q, dim=-1),
+            hope_ext.SelfModifyingWeights(**{n: tuple(w) for n, w in memories.items()}),
+            layer.lr_bias,
+            layer.retention_bias,
+            chunk_size=3,
+            lr_max=0.2 / 3,  # over the chunk
+            read=read,
+        )
+    o = F.normalize(o, dim=-1) * 8**0.5 * 2 * layer.gate(x).sigmoid()[..., None]
+    torch.testing.assert_close(y, layer.out(o.flatten(2)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "chunk_size", "rate", "half_life"),
+    [(32, 16, 0.003906, 16_384), (64, 64, 0.001563, 64_000), (64, 8, 0.007813, 16_384)],
+)
+def test_a_self_modifying_layer_starts_where_it_is_stable(head_dim, chunk_size, rate, half_life):
+    config = HopeConfig(heads=2, head_dim=head_dim, chunk_size=chunk_size, expansion=2)
+    layer = made(SelfModifyingMemory(64, config))
+    for share in (layer.lr_bias.sigmoid() * 0.2 / chunk_size).tolist():
+        assert share == pytest.approx(rate, rel=0.02)
+    for retention in layer.retention_bias.sigmoid().tolist():
+        assert retention**half_life == pytest.approx(0.5, rel=1e-3)
+    k = F.normalize(torch.randn(2, 400, head_dim, dtype=torch.float64), dim=-1)
+    for first, second in layer.memories.values():
+        assert (k @ first).norm(dim=-1).mean().item() == pytest.approx(5, rel=0.05)
+        assert second.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def with_grown_memories(config: HopeConfig) -> SelfModifyingMemory:
+    """A layer in which the outer loop has made the initial memories 30 times as large."""
+    layer = made(SelfModifyingMemory(16, config)).float()
+    with torch.no_grad():
+        for weights in layer.memories.values():
+            for w in weights:
+                w.mul_(30)
+    return layer
+
+
+def test_values_of_a_self_modifying_layer_start_shorter_than_keys():
+    """Whatever the outer loop has made of the initial memories."""
+    start = with_grown_memories(HopeConfig(**SIZES, expansion=2)).start()
+    x = F.normalize(torch.randn(2, 2_000, 8), dim=-1) / 8
+    first, second = start.v
+    value = x + F.gelu(x @ first, approximate="tanh") @ second
+    assert 0.15 < value.norm(dim=-1).max() <= 0.5
+    for name in ("lr", "retention"):
+        first, second = getattr(start, name)
+        assert (F.gelu(x @ first, approximate="tanh") @ second).abs().max() < 3
+
+
+@pytest.mark.parametrize(("head_dim", "chunk_size", "expansion"), [(64, 16, 1), (64, 64, 2)])
+@torch.no_grad()
+def test_self_modifying_memories_are_bounded_at_the_highest_rates(head_dim, chunk_size, expansion):
+    """16,384 tokens of three kinds, with grown memories and all that the lr gates can ask for."""
+    config = HopeConfig(heads=2, head_dim=head_dim, chunk_size=chunk_size, expansion=expansion)
+    layer = with_grown_memories(config)
+    layer.lr_bias.fill_(8.0)
+    a, b = torch.randn(2, 16)
+    random = torch.randn(16_384, 16)
+    x = torch.stack((random, a.expand_as(random), torch.stack((a, b)).repeat(8_192, 1)))
+    y, state = layer(x)
+    assert y.isfinite().all()
+    start = layer.start()
+    for name in ("k", "v", "lr", "retention", "memory"):
+        now = torch.cat([w.flatten(2) for w in getattr(state.memory.weights, name)], -1)
+        before = torch.cat([w.flatten(1) for w in getattr(start, name)], -1)
+        ratio = now.norm(dim=-1) / before.norm(dim=-1)
+        assert ratio.min() > 0.05
+        assert ratio.max() < 2
+
+
+def test_limited_scales_what_is_above_the_limit():
+    torch.manual_seed(0)
+    w = torch.randn(3, 8, 5, dtype=torch.float64)
+    w[0] *= 0.01
+    norms = torch.linalg.matrix_norm(w, 2)
+    scaled = limited(w, 1.5)
+    assert torch.equal(scaled[0], w[0])
+    torch.testing.assert_close(
+        torch.linalg.matrix_norm(scaled[1:], 2), torch.full_like(norms[1:], 1.5), rtol=0.05, atol=0
+    )
+    torch.testing.assert_close(
+        scaled[1:] / norms[1:, None, None] ** -1, 1.5 * w[1:], rtol=0.05, atol=0
+    )
+    assert limited(torch.zeros(2, 3, 3), 1.0).count_nonzero() == 0
+    w.requires_grad_()
+    limited(w, 1.5).sum().backward()
+    assert w.grad.isfinite().all()

@@ -287,6 +287,9 @@ COMMANDS = {
     r"(\.venv/bin/)?hope compare\b.*": (
         "tests/test_hope_compare.py::test_compare_trains_presets_side_by_side"
     ),
+    r"(\.venv/bin/)?hope evaluate\b.*": (
+        "tests/test_hope_evaluate.py::test_evaluate_trains_judges_and_writes"
+    ),
     r"(\.venv/bin/)?python -m benchmarks\.\w+\b.*": "tests/test_benchmarks.py::test_",
     r"(\.venv/bin/)?python -m pytest\b.*": CI,
 }

@@ -3,6 +3,7 @@
 from hope.checkpoint import load_config, load_model
 from hope.config import (
     AttentionConfig,
+    HopeConfig,
     MacConfig,
     MagConfig,
     MalConfig,
@@ -20,6 +21,7 @@ from hope.layers import (
     MemoryAsContext,
     MemoryAsGate,
     MemoryAsLayer,
+    SelfModifyingMemory,
     SwiGLU,
     TitansMemory,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "AttentionConfig",
     "CausalConv",
     "Corpus",
+    "HopeConfig",
     "HopeError",
     "LanguageModel",
     "MacConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "ModelConfig",
     "ModelState",
     "RunConfig",
+    "SelfModifyingMemory",
     "SwiGLU",
     "TitansConfig",
     "TitansMemory",

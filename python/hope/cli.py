@@ -1,4 +1,4 @@
-"""The command line: `hope train`, `hope compare`, `hope generate`, `hope info`."""
+"""The command line: `hope train`, `compare`, `evaluate`, `generate` and `info`."""
 
 import argparse
 import dataclasses
@@ -18,12 +18,16 @@ from hope.config import RunConfig, override, to_dict
 from hope.data import load_corpus
 from hope.device import choose_device
 from hope.errors import HopeError
+from hope.evaluate import TASKS, Evaluation, equal_sized
+from hope.evaluate.evaluation import FILE, small
+from hope.evaluate.evaluation import table as accuracies
 from hope.generate import decode, generate
 from hope.model import parameter_count
 from hope.presets import PRESETS, preset
 from hope.train import Trainer, TrainingDiverged, TrainResult
 
 _RUNS = Path("runs")
+_EVALUATED = ("hope-tiny", "tiny", "tiny-transformer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_compare(commands)
+    _add_evaluate(commands)
     _add_generate(commands)
     info = commands.add_parser(
         "info",
@@ -146,6 +151,56 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     _add_device(parser)
     parser.set_defaults(command=_compare)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="train small models on a task and judge them",
+        description=(
+            "Trains small models of presets, equal in size, on a task whose texts are generated,\n"
+            "and shows how often each is right. Without presets: "
+            f"{', '.join(_EVALUATED)}."
+        ),
+        epilog=(
+            "tasks:\n"
+            + "".join(f"  {task.name:<15} {task.description}\n" for task in TASKS.values())
+            + "\nexamples:\n"
+            "  hope evaluate recall\n"
+            "  hope evaluate state-tracking tiny tiny-transformer --steps 500 --set train.seed=1\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument(
+        "presets", nargs="*", metavar="PRESET", help=f"one or more of: {', '.join(PRESETS)}"
+    )
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        default=1000,
+        help="optimizer steps for each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change one setting of every model; may be repeated",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where the figures go (default: runs/TASK, or runs/TASK-2, ... if it is taken)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the same evaluation in --out (default: the latest)",
+    )
+    _add_device(parser)
+    parser.set_defaults(command=_evaluate)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -272,6 +327,20 @@ def _compare(options: argparse.Namespace) -> int:
     print(f"\n{table(comparison.runs)}\n\nfiles:")
     for name in ("compare.json", "compare.png", *(config.preset for config in configs)):
         print(f"  {out / name}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    device, task = choose_device(options.device), TASKS[options.task]
+    names = options.presets or _EVALUATED
+    configs = equal_sized([small(preset(n), task, options.steps, options.set) for n in names])
+    out = options.out or (_latest_run if options.resume else _new_run)(task.name)
+    evaluation = Evaluation(task, configs, out, device, resume=options.resume)
+    print(f"task   {task.name}: {task.description}")
+    print(f"budget {configs[0].train.steps:,} steps for each, on {device}")
+    print(f"out    {out / FILE}", flush=True)
+    evaluation.run()
+    print(f"\n{accuracies(task, evaluation.runs)}")
     return 0
 
 

@@ -160,6 +160,46 @@ class MalConfig(MagConfig):
 
 
 @dataclass(frozen=True)
+class HopeConfig:
+    """HOPE's self-modifying memory: five deep memories per head, rewritten while they read.
+
+    They are `M(x) = x + act(x W1) W2`, MLPs that are `expansion` times as wide inside, act "gelu"
+    (the tanh form) or "silu". Keys, values, inner learning rates and retentions are what four of
+    them answer; all five learn from these.
+
+    A token's inner learning rate is `lr_max / chunk_size * sigmoid(.)`. lr_max is lower than a
+    Titans memory's: a key that repeats wears W1 away, which makes W2 grow, and with it the steps on
+    W1 (docs/models.md).
+    """
+
+    kind: ClassVar[str] = "hope"
+
+    heads: int = 4
+    head_dim: int = 32
+    expansion: int = 1
+    activation: str = "gelu"
+    chunk_size: int = 16
+    conv_width: int = 4  # of the causal convolution on queries and inputs; 1: a factor alone
+    lr_max: float = 0.2
+    objective: str = "l2"
+    read: str = "before"
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "head_dim", "expansion", "chunk_size", "conv_width"):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name))
+        _choose(self.activation, "activation", "gelu", "silu")
+        _require(
+            0 < self.lr_max <= 0.2,
+            "lr_max",
+            "in (0, 0.2], where the inner loop is stable",
+            self.lr_max,
+        )
+        # That of "dot" does not shrink when a value is learned: W1 and W2 would grow without end.
+        _require(self.objective == "l2", "objective", "'l2'", self.objective)
+        _choose(self.read, "read", "after", "before", "chunk")
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Causal softmax attention with rotary positions: what the memories are compared with."""
 
@@ -182,7 +222,7 @@ class AttentionConfig:
         _require(self.rope_base > 1, "rope_base", "above 1", self.rope_base)
 
 
-MixerConfig = TitansConfig | AttentionConfig | MacConfig | MagConfig | MalConfig
+MixerConfig = TitansConfig | AttentionConfig | MacConfig | MagConfig | MalConfig | HopeConfig
 MIXER_KINDS: dict[str, type[MixerConfig]] = {
     config.kind: config for config in typing.get_args(MixerConfig)
 }

@@ -85,7 +85,7 @@ def bits_per_byte(model: LanguageModel, tokens: Tensor, config: TrainConfig) -> 
     nats, count = 0.0, 0
     batches = validation_batches(tokens, config.sequence, config.batch, config.validation_tokens)
     for inputs, targets in batches:
-        with _autocast(device, config):
+        with autocast(device, config):
             logits = model(inputs.to(device))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum")
         nats += loss.item()
@@ -93,7 +93,8 @@ def bits_per_byte(model: LanguageModel, tokens: Tensor, config: TrainConfig) -> 
     return nats / count / _LN2
 
 
-def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    """The context in which activations have the config's dtype."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -188,7 +189,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = self.sampler.next_batch()
-        with _autocast(self.device, train):
+        with autocast(self.device, train):
             loss = self.loss(inputs.to(self.device), targets.to(self.device))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)

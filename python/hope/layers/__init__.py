@@ -12,7 +12,15 @@ Shapes: B batch, T tokens, H heads, D head_dim, C channels, K convolution width,
 
 from torch import nn
 
-from hope.config import AttentionConfig, MacConfig, MagConfig, MalConfig, MixerConfig, TitansConfig
+from hope.config import (
+    AttentionConfig,
+    HopeConfig,
+    MacConfig,
+    MagConfig,
+    MalConfig,
+    MixerConfig,
+    TitansConfig,
+)
 from hope.layers.attention import Attention, AttentionState
 from hope.layers.conv import CausalConv
 from hope.layers.mac import MacState, MemoryAsContext
@@ -20,6 +28,7 @@ from hope.layers.mag import MagState, MemoryAsGate
 from hope.layers.mal import MemoryAsLayer
 from hope.layers.memory import TitansMemory, TitansMemoryState
 from hope.layers.mlp import SwiGLU
+from hope.layers.selfmod import SelfModifyingMemory, SelfModifyingMemoryState
 
 __all__ = [
     "MIXERS",
@@ -29,15 +38,17 @@ __all__ = [
     "MemoryAsGate",
     "MemoryAsLayer",
     "MixerState",
+    "SelfModifyingMemory",
     "SwiGLU",
     "TitansMemory",
 ]
 
-MixerState = TitansMemoryState | AttentionState | MacState | MagState
+MixerState = TitansMemoryState | AttentionState | MacState | MagState | SelfModifyingMemoryState
 MIXERS: dict[type[MixerConfig], type[nn.Module]] = {
     TitansConfig: TitansMemory,
     AttentionConfig: Attention,
     MacConfig: MemoryAsContext,
     MagConfig: MemoryAsGate,
     MalConfig: MemoryAsLayer,
+    HopeConfig: SelfModifyingMemory,
 }
