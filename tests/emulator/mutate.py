@@ -59,7 +59,7 @@ class Stage:
     """A build of a mutant, and what tries it."""
 
     name: str
-    seconds: float  # A mutant that takes longer hangs; some spoil the heap and wait for it forever.
+    seconds: float  # A mutant that needs more hangs; some spoil the heap and wait for it forever.
     variant: str = "plain"
     keys: tuple[int, ...] = KEYS  # instances that are compiled and run
     dtypes: tuple[str, ...] = DTYPES
@@ -187,8 +187,10 @@ def included(source: Path) -> set[Path]:
     return seen
 
 
-def stem_of(file: Path) -> str:
-    return "" if file.parts[0] == "common" else file.parts[0]
+def stem_of(files: Iterable[Path]) -> str:
+    """How the names of cases begin that files have a part in."""
+    folders = {file.parts[0] for file in files}
+    return "" if "common" in folders or len(folders) > 1 else folders.pop()
 
 
 def compiling() -> dict[str, list[str]]:
@@ -199,7 +201,6 @@ def compiling() -> dict[str, list[str]]:
 
 
 SAME_CODE = "changes no code"
-EVERYTHING = Path("common/tile.cuh")  # all kernels include it
 
 
 class Workshop:
@@ -223,7 +224,7 @@ class Workshop:
     def judge(self, mutant: Mutant, stages: Iterable[Stage] = STAGES) -> str | None:
         """Who catches the mutant, or None."""
         for stage in stages:
-            if not self.sources(stage, mutant.file):
+            if not self.sources(stage, [mutant.file]):
                 continue
             file = self.copies[stage] / mutant.file
             original = file.read_text()
@@ -232,10 +233,10 @@ class Workshop:
                 continue  # one of those that are left out
             lines[mutant.line - 1] = mutant.after
             whole = stage.left_out() == [] and stage.variant == "plain"
-            before = self.compiled(stage, mutant.file) if whole else {}
+            before = self.compiled(stage, [mutant.file]) if whole else {}
             try:
                 file.write_text("\n".join(lines) + "\n")
-                problem = self.try_out(stage, mutant.file, before, tests=stage.tests)
+                problem = self.try_out(stage, [mutant.file], before, tests=stage.tests)
             except build.CompileError:
                 problem = "does not compile"
             finally:
@@ -244,15 +245,16 @@ class Workshop:
                 return problem if problem == SAME_CODE else f"{stage.name}: {problem}"
         return None
 
-    def sources(self, stage: Stage, file: Path) -> list[Path]:
-        """The kernels that a file is part of; none if the stage has nothing of its own to say."""
-        sources = [s for s in library.kernels() if file in included(s.relative_to(CSRC))]
+    def sources(self, stage: Stage, files: Iterable[Path]) -> list[Path]:
+        """The kernels that files are part of; none if the stage has nothing of its own to say."""
+        changed = set(files)
+        sources = [s for s in library.kernels() if changed & included(s.relative_to(CSRC))]
         forward = [source for source in sources if "_bwd_" not in source.name]
         return sources if stage.backward else forward if forward != sources else []
 
-    def compiled(self, stage: Stage, file: Path) -> dict[Path, Path]:
+    def compiled(self, stage: Stage, files: Iterable[Path]) -> dict[Path, Path]:
         """Their objects."""
-        csrc, sources = self.copies[stage], self.sources(stage, file)
+        csrc, sources = self.copies[stage], self.sources(stage, files)
         options = self.options if stage.variant == "plain" else compiling()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             tasks = {
@@ -268,19 +270,19 @@ class Workshop:
         return {source: task.result() for source, task in tasks.items()}
 
     def try_out(
-        self, stage: Stage, file: Path, before: Mapping[Path, Path], *, tests: bool
+        self, stage: Stage, files: list[Path], before: Mapping[Path, Path], *, tests: bool
     ) -> str | None:
         """What is wrong, or None. `before`: the objects without the change, if that is of interest.
 
         What is compiled here is thrown away again: thousands of mutants would fill the disk.
         """
-        objects, made = self.compiled(stage, file), None
+        objects, made, stem = self.compiled(stage, files), None, stem_of(files)
         try:
             if before and all(before[s].read_bytes() == o.read_bytes() for s, o in objects.items()):
                 return SAME_CODE
             made = library.make(stage.variant, instead=objects, link=self.link)
-            problem = self.try_instances(made, stage, f"(?=^{stem_of(file)}){stage.match}")
-            return problem or (self.try_tests(made, stem_of(file)) if tests else None)
+            problem = self.try_instances(made, stage, f"(?=^{stem}){stage.match}")
+            return problem or (self.try_tests(made, stem) if tests else None)
         finally:
             for source, output in objects.items():
                 if before.get(source) != output:
@@ -350,15 +352,26 @@ def forked(work: Callable[[], None], seconds: float) -> Said:
             finally:
                 sys.stdout.flush()
                 os._exit(status)
-        end = time.monotonic() + seconds
+        begin = time.monotonic()
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            if time.monotonic() > end:
+            waits, used = activity(child)
+            if used > seconds or (waits and time.monotonic() - begin > seconds):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return Said(None, "")
             time.sleep(0.01)
         said.seek(0)
         return Said(os.waitstatus_to_exitcode(ended[1]), said.read())
+
+
+def activity(process: int) -> tuple[bool, float]:
+    """Whether it waits for something, and how much processor time it has used.
+
+    Where others want the processors too, the time of day says nothing.
+    """
+    state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+    user, system = numbers[10:12]
+    return state == "S", (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def verdict(said: Said) -> str | None:
@@ -392,13 +405,16 @@ def kernel_files() -> list[Path]:
     return sorted(file for file in files - PRIMITIVES if file.suffix in (".cu", ".cuh"))
 
 
-def as_they_are(folder: Path, bounds: Path, stages: Iterable[Stage]) -> None:
+def as_they_are(folder: Path, bounds: Path, stages: Iterable[Stage], files: list[Path]) -> None:
     """The kernels without a change pass; leaves what the definitions give in `bounds`."""
-    command = [sys.executable, INSTANCES, library.make(), "--bounds", bounds, "--match", "^$"]
+    match = "|".join(f"(?=^{stem_of(files)}){stage.match}" for stage in stages)
+    command = [sys.executable, INSTANCES, library.make(), "--bounds", bounds, "--seeds"]
+    command += ["--match", match]
     problem = verdict(within(functools.partial(build.run, command), 400, ENVIRONMENT))
     if not problem:
         workshop = Workshop(folder, bounds)
-        problems = (workshop.try_out(stage, EVERYTHING, {}, tests=False) for stage in stages)
+        stages = [stage for stage in stages if workshop.sources(stage, files)]
+        problems = (workshop.try_out(stage, files, {}, tests=False) for stage in stages)
         problem = next(filter(None, problems), None)
     if problem:
         raise SystemExit(f"the kernels as they are: {problem}")
@@ -452,7 +468,8 @@ def main() -> int:
     begin, survivors, same, tried = time.monotonic(), [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
         bounds = Path(folder, "bounds.pt")
-        as_they_are(Path(folder, "as-they-are"), bounds, stages)
+        changed = sorted({mutant.file for mutant in todo})
+        as_they_are(Path(folder, "as-they-are"), bounds, stages, changed)
         start = (Path(folder), bounds, stages, begin + 60 * options.minutes)
         with multiprocessing.get_context("fork").Pool(options.jobs, Worker.start, start) as pool:
             for mutant, was_tried, caught in pool.imap_unordered(Worker.judge, todo):
