@@ -110,7 +110,7 @@ def instances() -> Iterator[Instance]:
                 IDLE,
             )
         yield from _networks(dtype)
-        for width in (2, 3, 4, 1, 9, 64):
+        for width in (2, 3, 4, 1, 5, 9, 64):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
         for width in (4, 9):  # several blocks, over channels and over segments

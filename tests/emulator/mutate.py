@@ -4,8 +4,8 @@
 
 Every mutant is one change in one line: a barrier or a wait less, a statement less, a comparison or
 a sign turned round, a number greater by one. Built in a copy of csrc, it is tried on a few of
-``instances.py`` under two schedules; the few that pass there meet more of them, then the laws and
-the facts of their operator, the race detector and AddressSanitizer. Mutants come in random order,
+``instances.py`` under two schedules; the few that pass there meet more of them, AddressSanitizer
+and the race detector, then the laws and the facts of their operator. Mutants come in random order,
 so a run that the time limit ends is a sample. What survives is a line that does not matter, or a
 test that is missing: those that have been understood are in survivors.md, as the line before and
 after. A mutant of which the compiler makes the code that it made before is no survivor.
@@ -23,21 +23,18 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from emulator import build, instances, library
+from emulator.processes import forked, verdict, within
 from hope_ext import testing
 
 CSRC = build.ROOT / "csrc"
@@ -51,6 +48,7 @@ FLAGS = ("-O1", "-g0")
 LINK = ("-Wl,--strip-debug",)
 FAST_LINKER = "-fuse-ld=gold"
 HEADERS = ("<algorithm>", "<cuda_runtime.h>", "<cuda_bf16.h>", "<cuda_fp16.h>", '"cuda_emulator.h"')
+TESTS = ("ops", "conv", "titans", "titans_operator", "titans_deep")
 KEYS, DTYPES = (16, 32, 64, 128), ("float32", "bfloat16", "float16")
 
 
@@ -65,7 +63,9 @@ class Stage:
     dtypes: tuple[str, ...] = DTYPES
     seeds: tuple[int, ...] = (1,)
     backward: bool = True  # False: only the kernels of the forward, if that makes fewer sources
+    deep: bool = True  # False: without the memories of several layers, if something else is left
     tests: bool = False
+    nonsense: bool = False
 
     @property
     def match(self) -> str:
@@ -89,14 +89,16 @@ class Stage:
 
 
 FEW = {"keys": (16, 128), "dtypes": ("bfloat16",)}
-FIRST = {"keys": (32,), "dtypes": ("float32",), "seeds": (1, 2)}
+FIRST = {"keys": (32,), "dtypes": ("float32",), "seeds": (1, 2), "deep": False}
 STAGES = (
-    Stage("forward", 20, **FIRST, backward=False),
-    Stage("first instances", 30, **FIRST),
-    Stage("few instances", 60, **FEW, seeds=(3,)),
+    Stage("forward", 3, **FIRST, backward=False),
+    Stage("first instances", 12, **FIRST),
+    Stage("few instances", 30, **FEW, seeds=(3,)),
+    Stage("first under address", 200, "address", keys=(32,), dtypes=("float32",)),
+    Stage("first under races", 300, "races", keys=(32,), dtypes=("float32",)),
     Stage("all instances, laws", 400, tests=True),
     Stage("races", 600, "races", **FEW),
-    Stage("address", 600, "address", dtypes=("float32", "bfloat16")),
+    Stage("address", 600, "address", dtypes=("float32", "bfloat16"), nonsense=True),
 )
 QUICK = 2  # stages
 
@@ -249,6 +251,8 @@ class Workshop:
         """The kernels that files are part of; none if the stage has nothing of its own to say."""
         changed = set(files)
         sources = [s for s in library.kernels() if changed & included(s.relative_to(CSRC))]
+        if not stage.deep:
+            sources = [s for s in sources if "_network_" not in s.name] or sources
         forward = [source for source in sources if "_bwd_" not in source.name]
         return sources if stage.backward else forward if forward != sources else []
 
@@ -277,11 +281,12 @@ class Workshop:
         What is compiled here is thrown away again: thousands of mutants would fill the disk.
         """
         objects, made, stem = self.compiled(stage, files), None, stem_of(files)
+        others = "" if any("_network_" in s.name for s in objects) else "(?!titans-(deep|norm))"
         try:
             if before and all(before[s].read_bytes() == o.read_bytes() for s, o in objects.items()):
                 return SAME_CODE
             made = library.make(stage.variant, instead=objects, link=self.link)
-            problem = self.try_instances(made, stage, f"(?=^{stem}){stage.match}")
+            problem = self.try_instances(made, stage, stem, others)
             return problem or (self.try_tests(made, stem) if tests else None)
         finally:
             for source, output in objects.items():
@@ -291,7 +296,9 @@ class Workshop:
             if made:
                 made.unlink()
 
-    def try_instances(self, made: Path, stage: Stage, match: str) -> str | None:
+    def try_instances(self, made: Path, stage: Stage, stem: str, others: str) -> str | None:
+        match = f"(?=^{stem}){others}{stage.match}"
+
         def check() -> None:
             testing.use_emulated(made)
             instances.check(match, stage.seeds, self.bounds, backward=stage.backward)
@@ -301,8 +308,8 @@ class Workshop:
         command = [sys.executable, INSTANCES, made, "--bounds", self.bounds_file]
         command += ["--match", match, "--seeds", *stage.seeds]
         commands = [command]
-        if stage.variant == "address":
-            commands.append([sys.executable, build.HERE / "nonsense.py", made])
+        if stage.nonsense:
+            commands.append([sys.executable, build.HERE / "nonsense.py", made, stem])
         for command in commands:
             run = functools.partial(build.run, command, stage.variant, preload=True)
             if problem := verdict(within(run, stage.seconds, ENVIRONMENT)):
@@ -312,78 +319,9 @@ class Workshop:
     def try_tests(self, made: Path, stem: str) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += ["-k", f"emulated and {stem}" if stem else "emulated"]
-        command += [build.HERE.parent / f"test_{name}.py" for name in ("ops", "titans", "conv")]
+        command += [build.HERE.parent / f"test_{name}.py" for name in TESTS]
         run = functools.partial(build.run, command)
         return verdict(within(run, 400, {**ENVIRONMENT, "HOPE_EMULATED_LIBRARY": str(made)}))
-
-
-class Said(NamedTuple):
-    """How a process ended; None if it did not."""
-
-    status: int | None
-    text: str
-
-
-def within(run: Callable, seconds: float, extra: Mapping[str, str]) -> Said:
-    try:
-        ran = run(extra=extra, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return Said(None, "")
-    return Said(ran.returncode, ran.stdout)
-
-
-def forked(work: Callable[[], None], seconds: float) -> Said:
-    """Runs Python in a copy of this process, which has torch already: that takes a second to load.
-
-    Nobody may have made threads here, torch's included.
-    """
-    with tempfile.TemporaryFile("w+") as said:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-                sys.stdout = os.fdopen(1, "w", closefd=False)
-                work()
-                status = 0
-            except BaseException:
-                sys.stdout.write(traceback.format_exc())
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        begin = time.monotonic()
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            waits, used = activity(child)
-            if used > seconds or (waits and time.monotonic() - begin > seconds):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return Said(None, "")
-            time.sleep(0.01)
-        said.seek(0)
-        return Said(os.waitstatus_to_exitcode(ended[1]), said.read())
-
-
-def activity(process: int) -> tuple[bool, float]:
-    """Whether it waits for something, and how much processor time it has used.
-
-    Where others want the processors too, the time of day says nothing.
-    """
-    state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
-    user, system = numbers[10:12]
-    return state == "S", (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def verdict(said: Said) -> str | None:
-    if said.status is None:
-        return "hangs"
-    if said.status == 0:
-        return None
-    lines = said.text.splitlines() or [""]
-    told = [
-        line for line in lines if re.search(r"^(E +)?\w*Error: |^SUMMARY: |runtime error: ", line)
-    ]
-    return f"{(told or lines)[-1].removeprefix('E').strip()[:120]} (status {said.status})"
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -446,7 +384,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--list", action="store_true", help="only say which mutants there are")
-    parser.add_argument("--quick", action="store_true", help="only some instances: seconds for one")
+    everything, first = range(len(STAGES)), range(QUICK)
+    parser.add_argument("--stages", type=int, nargs="+", default=everything, help="from 0 on")
+    parser.add_argument("--quick", dest="stages", action="store_const", const=first,
+                        help="only the first instances: seconds for one")  # fmt: skip
     parser.add_argument("--only", type=Path, help="a list of mutants, as a run prints it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     options = parser.parse_args()
@@ -463,7 +404,7 @@ def main() -> int:
     if options.list:
         print("\n".join(map(str, sorted(todo, key=lambda m: (m.file, m.line)))))
         return 0
-    stages = STAGES[:QUICK] if options.quick else STAGES
+    stages = tuple(STAGES[number] for number in options.stages)
     torch.set_num_threads(1)  # see `forked`
     begin, survivors, same, tried = time.monotonic(), [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
