@@ -15,6 +15,8 @@ from hope_ext.testing import conv_inputs
 
 # Long enough for three of the kernel's blocks of tokens, wide enough for two of channels.
 SIZES = {"tokens": 150, "channels": 150}
+# CUDA has kernels for rows of fours, and others.
+each_channels = pytest.mark.parametrize("channels", [22, 24])
 
 
 def make(backend="cpu", dtype=None, **options):
@@ -82,11 +84,14 @@ def test_gradients_flow_through_a_carried_tail(backend, width, cuts):
         close(a, b)
 
 
+@pytest.mark.parametrize("with_tail", [True, False])
+@each_channels
 @each_backend
-def test_a_tail_is_the_last_inputs(backend):
-    arguments = make(backend, tail=True, width=4, tokens=2)
+def test_a_tail_is_the_last_inputs(backend, channels, with_tail):
+    arguments = make(backend, tail=with_tail, width=4, tokens=2, channels=channels)
     _, tail = hope_ext.causal_conv(**arguments, return_tail=True)
-    assert torch.equal(tail, torch.cat((arguments["tail"], arguments["x"]), 1)[:, -3:])
+    before = arguments["tail"] if with_tail else tail.new_zeros(2, 3, channels)
+    assert torch.equal(tail, torch.cat((before, arguments["x"]), 1)[:, -3:])
 
 
 @each_backend
@@ -98,16 +103,18 @@ def test_no_tail_is_a_tail_of_zeros(backend):
     )
 
 
+@pytest.mark.parametrize("width", [4, 5])
+@each_channels
 @each_backend
-def test_gradient_of_the_tail_alone(backend):
+def test_gradient_of_the_tail_alone(backend, channels, width):
     """A loss that sees only the returned tail: its gradient is that of a copy."""
-    arguments = make(backend, tail=True, width=5, tokens=3)
+    arguments = make(backend, tail=True, width=width, tokens=3, channels=channels)
     inputs = [arguments[name].requires_grad_() for name in ("x", "weight", "tail")]
     _, tail = hope_ext.causal_conv(**arguments, return_tail=True)
     cotangent = torch.randn_like(tail)
     d_x, d_weight, d_tail = torch.autograd.grad(tail, inputs, cotangent)
-    assert torch.equal(torch.cat((d_tail, d_x), 1)[:, -4:], cotangent)
-    assert not torch.cat((d_tail, d_x), 1)[:, :-4].any()
+    assert torch.equal(torch.cat((d_tail, d_x), 1)[:, 1 - width :], cotangent)
+    assert not torch.cat((d_tail, d_x), 1)[:, : 1 - width].any()
     assert not d_weight.any()
 
 
@@ -227,6 +234,30 @@ def test_what_is_not_finite_stays_in_its_channel_and_window(backend, dtype, bad,
     assert torch.isfinite(d_x[~near]).all()
     assert not torch.isfinite(d_weight[33]).any()
     assert torch.isfinite(d_weight[torch.arange(150) != 33]).all()
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@each_channels
+@each_backend
+def test_what_is_not_finite_stays_in_its_sequence(backend, channels, activation):
+    """Of packed ones: the sequences before and after it do not see it, nor do their gradients."""
+    bounds = [0, 1, 7, 9]
+    arguments = make(
+        backend, batch=1, tokens=9, bounds=bounds, channels=channels, activation=activation
+    )
+    others = [0, 7, 8]
+
+    def evaluate():
+        x = arguments["x"].requires_grad_()
+        y = hope_ext.causal_conv(**arguments)
+        (d_x,) = torch.autograd.grad(y.sum(), x)
+        return y[:, others], d_x[:, others]
+
+    clean = evaluate()
+    arguments["x"] = arguments["x"].detach().clone()
+    arguments["x"][:, 1:7] = torch.nan
+    for with_nan, without in zip(evaluate(), clean, strict=True):
+        assert torch.equal(with_nan, without)
 
 
 # ---- torch --------------------------------------------------------------------------------------

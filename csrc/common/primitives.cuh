@@ -5,7 +5,7 @@
 //
 // Rules for kernel sources (tests/emulator/README.md says why):
 //  1. No inline PTX, __CUDA_ARCH__, <<<>>>, CUTLASS, CUB or cooperative groups. Launch with
-//  launch().
+//     launch().
 //  2. Shared memory is SHARED_ARRAY or dynamic_shared() cut by a SharedCarver.
 //  3. All threads reach each __syncthreads from the same line; none returns before one. Between
 //     lanes that exchange data through shared memory stands a __syncwarp: shuffles, ldmatrix and

@@ -46,8 +46,8 @@ struct Sequence {
         return longest > Tokens ? static_cast<int>((longest + Tokens - 1) / Tokens) : 1;
     }
 
-    // Position of the sequence's end within its first chunk, or beyond. Chunks may have up to 2^31
-    // - 1 tokens and sequences 2^30: unsigned numbers hold the end of the last chunk.
+    // Position of the sequence's end within its first chunk, or beyond. Chunks may have almost 2^31
+    // tokens and sequences 2^30: unsigned numbers hold the end of the last chunk.
     DEVICE unsigned end() const {
         return static_cast<unsigned>(offset) + static_cast<unsigned>(length);
     }

@@ -257,8 +257,8 @@ DEVICE void load_right(Right<E> (&to)[2], const E* block CALL_SITE) {
     }
 }
 
-// result[tile] += left * (columns 8 * tile.. of M^T, or of M if Transposed), tiles first to last -
-// 1 in pairs; `block` is the one of tile 0.
+// result[tile] += left * (columns 8 * tile.. of M^T, or of M if Transposed), in pairs of the tiles
+// from first on, before last; `block` is the one of tile 0.
 template <bool Transposed, int Stride, int Tiles, class E>
 DEVICE void multiply(Accumulator<Tiles>& result, const Left<E>& left, const E* block, int first = 0,
                      int last = Tiles) {

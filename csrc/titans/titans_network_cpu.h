@@ -2,8 +2,7 @@
 // LayerNorm, or nothing. Everything here is at the anchor, except the queries' way through the
 // layers. Included by each_isa_cpu.h through titans_cpu.h, once per instruction set.
 //
-//   errors     e2 = through the norm of (M(k) - v), or of -v       the inner loss's gradient at
-//   core
+//   errors     e2 = through the norm of (M(k) - v), or of -v: the inner loss's gradient at core
 //              e1 = (e2 w2^T) * act'(z),   z = k w1
 
 template <class T>

@@ -1,12 +1,13 @@
 // What the kernels that walk a sequence have in common: a block's shared memory, and its helper
 // warps, which prepare one segment ahead all that does not depend on the state.
 //
-//   helper warps (4), segment i + 1                    state warps (16 value columns each), segment
-//   i wait until the state warps are done with i - 1     wait for segment i store their result of i
-//   - 1, start copies ahead    products with the state, which stays in A, b, c, m by the gates'
-//   recurrences               registers; the result goes where V's rows scores = QK^T (lower
-//   triangle) * A                 were; the state after the segment say that i + 1 is ready say
-//   that i is done
+//   helper warps (4), segment i + 1                state warps (16 value columns each), segment i
+//     wait until the state warps are done with       wait for segment i
+//       i - 1, store their result of i - 1           products with the state, which stays in
+//     start copies ahead                               registers; the result goes where V's rows
+//     A, b, c, m by the gates' recurrences             were
+//     scores = QK^T (lower triangle) * A             the state after the segment
+//     say that i + 1 is ready                        say that i is done
 //
 // The only barriers of a state warp are the two of each segment, and it touches global memory at
 // chunk boundaries alone. Row recurrences (docs/derivations.md), a thread per column s of A:

@@ -44,8 +44,8 @@ struct TitansWindow {
                p.value_dim;
     }
     // What stays in the device's cache; more if a single chunk of every sequence needs more. Whole
-    // distances between checkpoints, if that makes a difference, since
-    // states are computed from a checkpoint on.
+    // distances between checkpoints, if that makes a difference, since states are computed from a
+    // checkpoint on.
     static int capacity_for(const TitansParams& p) {
         const int64_t cached = device_attribute(cudaDevAttrL2CacheSize) / 3 * 2;
         const int64_t bytes = elements_of_a_slot(p) * static_cast<int64_t>(sizeof(E)),

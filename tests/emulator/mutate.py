@@ -4,8 +4,8 @@
 
 Every mutant is one change in one line: a barrier or a wait less, a statement less, a comparison or
 a sign turned round, a number greater by one. Built in a copy of csrc, it is tried on a few of
-``instances.py`` under two schedules; the few that pass there meet more of them, then the laws and
-the facts of their operator, the race detector and AddressSanitizer. Mutants come in random order,
+``instances.py`` under two schedules; the few that pass there meet more of them, AddressSanitizer
+and the race detector, then the laws and the facts of their operator. Mutants come in random order,
 so a run that the time limit ends is a sample. What survives is a line that does not matter, or a
 test that is missing: those that have been understood are in survivors.md, as the line before and
 after. A mutant of which the compiler makes the code that it made before is no survivor.
@@ -23,21 +23,18 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from emulator import build, instances, library
+from emulator.processes import forked, verdict, within
 from hope_ext import testing
 
 CSRC = build.ROOT / "csrc"
@@ -51,6 +48,7 @@ FLAGS = ("-O1", "-g0")
 LINK = ("-Wl,--strip-debug",)
 FAST_LINKER = "-fuse-ld=gold"
 HEADERS = ("<algorithm>", "<cuda_runtime.h>", "<cuda_bf16.h>", "<cuda_fp16.h>", '"cuda_emulator.h"')
+TESTS = ("ops", "conv", "titans", "titans_operator", "titans_deep")
 KEYS, DTYPES = (16, 32, 64, 128), ("float32", "bfloat16", "float16")
 
 
@@ -59,13 +57,15 @@ class Stage:
     """A build of a mutant, and what tries it."""
 
     name: str
-    seconds: float  # A mutant that takes longer hangs; some spoil the heap and wait for it forever.
+    seconds: float  # A mutant that needs more hangs; some spoil the heap and wait for it forever.
     variant: str = "plain"
     keys: tuple[int, ...] = KEYS  # instances that are compiled and run
     dtypes: tuple[str, ...] = DTYPES
     seeds: tuple[int, ...] = (1,)
     backward: bool = True  # False: only the kernels of the forward, if that makes fewer sources
+    deep: bool = True  # False: without the memories of several layers, if something else is left
     tests: bool = False
+    nonsense: bool = False
 
     @property
     def match(self) -> str:
@@ -89,14 +89,16 @@ class Stage:
 
 
 FEW = {"keys": (16, 128), "dtypes": ("bfloat16",)}
-FIRST = {"keys": (32,), "dtypes": ("float32",), "seeds": (1, 2)}
+FIRST = {"keys": (32,), "dtypes": ("float32",), "seeds": (1, 2), "deep": False}
 STAGES = (
-    Stage("forward", 20, **FIRST, backward=False),
-    Stage("first instances", 30, **FIRST),
-    Stage("few instances", 60, **FEW, seeds=(3,)),
+    Stage("forward", 3, **FIRST, backward=False),
+    Stage("first instances", 12, **FIRST),
+    Stage("few instances", 30, **FEW, seeds=(3,)),
+    Stage("first under address", 200, "address", keys=(32,), dtypes=("float32",)),
+    Stage("first under races", 300, "races", keys=(32,), dtypes=("float32",)),
     Stage("all instances, laws", 400, tests=True),
     Stage("races", 600, "races", **FEW),
-    Stage("address", 600, "address", dtypes=("float32", "bfloat16")),
+    Stage("address", 600, "address", dtypes=("float32", "bfloat16"), nonsense=True),
 )
 QUICK = 2  # stages
 
@@ -187,8 +189,10 @@ def included(source: Path) -> set[Path]:
     return seen
 
 
-def stem_of(file: Path) -> str:
-    return "" if file.parts[0] == "common" else file.parts[0]
+def stem_of(files: Iterable[Path]) -> str:
+    """How the names of cases begin that files have a part in."""
+    folders = {file.parts[0] for file in files}
+    return "" if "common" in folders or len(folders) > 1 else folders.pop()
 
 
 def compiling() -> dict[str, list[str]]:
@@ -199,7 +203,6 @@ def compiling() -> dict[str, list[str]]:
 
 
 SAME_CODE = "changes no code"
-EVERYTHING = Path("common/tile.cuh")  # all kernels include it
 
 
 class Workshop:
@@ -223,7 +226,7 @@ class Workshop:
     def judge(self, mutant: Mutant, stages: Iterable[Stage] = STAGES) -> str | None:
         """Who catches the mutant, or None."""
         for stage in stages:
-            if not self.sources(stage, mutant.file):
+            if not self.sources(stage, [mutant.file]):
                 continue
             file = self.copies[stage] / mutant.file
             original = file.read_text()
@@ -232,10 +235,10 @@ class Workshop:
                 continue  # one of those that are left out
             lines[mutant.line - 1] = mutant.after
             whole = stage.left_out() == [] and stage.variant == "plain"
-            before = self.compiled(stage, mutant.file) if whole else {}
+            before = self.compiled(stage, [mutant.file]) if whole else {}
             try:
                 file.write_text("\n".join(lines) + "\n")
-                problem = self.try_out(stage, mutant.file, before, tests=stage.tests)
+                problem = self.try_out(stage, [mutant.file], before, tests=stage.tests)
             except build.CompileError:
                 problem = "does not compile"
             finally:
@@ -244,15 +247,18 @@ class Workshop:
                 return problem if problem == SAME_CODE else f"{stage.name}: {problem}"
         return None
 
-    def sources(self, stage: Stage, file: Path) -> list[Path]:
-        """The kernels that a file is part of; none if the stage has nothing of its own to say."""
-        sources = [s for s in library.kernels() if file in included(s.relative_to(CSRC))]
+    def sources(self, stage: Stage, files: Iterable[Path]) -> list[Path]:
+        """The kernels that files are part of; none if the stage has nothing of its own to say."""
+        changed = set(files)
+        sources = [s for s in library.kernels() if changed & included(s.relative_to(CSRC))]
+        if not stage.deep:
+            sources = [s for s in sources if "_network_" not in s.name] or sources
         forward = [source for source in sources if "_bwd_" not in source.name]
         return sources if stage.backward else forward if forward != sources else []
 
-    def compiled(self, stage: Stage, file: Path) -> dict[Path, Path]:
+    def compiled(self, stage: Stage, files: Iterable[Path]) -> dict[Path, Path]:
         """Their objects."""
-        csrc, sources = self.copies[stage], self.sources(stage, file)
+        csrc, sources = self.copies[stage], self.sources(stage, files)
         options = self.options if stage.variant == "plain" else compiling()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             tasks = {
@@ -268,19 +274,20 @@ class Workshop:
         return {source: task.result() for source, task in tasks.items()}
 
     def try_out(
-        self, stage: Stage, file: Path, before: Mapping[Path, Path], *, tests: bool
+        self, stage: Stage, files: list[Path], before: Mapping[Path, Path], *, tests: bool
     ) -> str | None:
         """What is wrong, or None. `before`: the objects without the change, if that is of interest.
 
         What is compiled here is thrown away again: thousands of mutants would fill the disk.
         """
-        objects, made = self.compiled(stage, file), None
+        objects, made, stem = self.compiled(stage, files), None, stem_of(files)
+        others = "" if any("_network_" in s.name for s in objects) else "(?!titans-(deep|norm))"
         try:
             if before and all(before[s].read_bytes() == o.read_bytes() for s, o in objects.items()):
                 return SAME_CODE
             made = library.make(stage.variant, instead=objects, link=self.link)
-            problem = self.try_instances(made, stage, f"(?=^{stem_of(file)}){stage.match}")
-            return problem or (self.try_tests(made, stem_of(file)) if tests else None)
+            problem = self.try_instances(made, stage, stem, others)
+            return problem or (self.try_tests(made, stem) if tests else None)
         finally:
             for source, output in objects.items():
                 if before.get(source) != output:
@@ -289,7 +296,9 @@ class Workshop:
             if made:
                 made.unlink()
 
-    def try_instances(self, made: Path, stage: Stage, match: str) -> str | None:
+    def try_instances(self, made: Path, stage: Stage, stem: str, others: str) -> str | None:
+        match = f"(?=^{stem}){others}{stage.match}"
+
         def check() -> None:
             testing.use_emulated(made)
             instances.check(match, stage.seeds, self.bounds, backward=stage.backward)
@@ -299,8 +308,8 @@ class Workshop:
         command = [sys.executable, INSTANCES, made, "--bounds", self.bounds_file]
         command += ["--match", match, "--seeds", *stage.seeds]
         commands = [command]
-        if stage.variant == "address":
-            commands.append([sys.executable, build.HERE / "nonsense.py", made])
+        if stage.nonsense:
+            commands.append([sys.executable, build.HERE / "nonsense.py", made, stem])
         for command in commands:
             run = functools.partial(build.run, command, stage.variant, preload=True)
             if problem := verdict(within(run, stage.seconds, ENVIRONMENT)):
@@ -310,67 +319,9 @@ class Workshop:
     def try_tests(self, made: Path, stem: str) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += ["-k", f"emulated and {stem}" if stem else "emulated"]
-        command += [build.HERE.parent / f"test_{name}.py" for name in ("ops", "titans", "conv")]
+        command += [build.HERE.parent / f"test_{name}.py" for name in TESTS]
         run = functools.partial(build.run, command)
         return verdict(within(run, 400, {**ENVIRONMENT, "HOPE_EMULATED_LIBRARY": str(made)}))
-
-
-class Said(NamedTuple):
-    """How a process ended; None if it did not."""
-
-    status: int | None
-    text: str
-
-
-def within(run: Callable, seconds: float, extra: Mapping[str, str]) -> Said:
-    try:
-        ran = run(extra=extra, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return Said(None, "")
-    return Said(ran.returncode, ran.stdout)
-
-
-def forked(work: Callable[[], None], seconds: float) -> Said:
-    """Runs Python in a copy of this process, which has torch already: that takes a second to load.
-
-    Nobody may have made threads here, torch's included.
-    """
-    with tempfile.TemporaryFile("w+") as said:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-                sys.stdout = os.fdopen(1, "w", closefd=False)
-                work()
-                status = 0
-            except BaseException:
-                sys.stdout.write(traceback.format_exc())
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        end = time.monotonic() + seconds
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            if time.monotonic() > end:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return Said(None, "")
-            time.sleep(0.01)
-        said.seek(0)
-        return Said(os.waitstatus_to_exitcode(ended[1]), said.read())
-
-
-def verdict(said: Said) -> str | None:
-    if said.status is None:
-        return "hangs"
-    if said.status == 0:
-        return None
-    lines = said.text.splitlines() or [""]
-    told = [
-        line for line in lines if re.search(r"^(E +)?\w*Error: |^SUMMARY: |runtime error: ", line)
-    ]
-    return f"{(told or lines)[-1].removeprefix('E').strip()[:120]} (status {said.status})"
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -392,13 +343,16 @@ def kernel_files() -> list[Path]:
     return sorted(file for file in files - PRIMITIVES if file.suffix in (".cu", ".cuh"))
 
 
-def as_they_are(folder: Path, bounds: Path, stages: Iterable[Stage]) -> None:
+def as_they_are(folder: Path, bounds: Path, stages: Iterable[Stage], files: list[Path]) -> None:
     """The kernels without a change pass; leaves what the definitions give in `bounds`."""
-    command = [sys.executable, INSTANCES, library.make(), "--bounds", bounds, "--match", "^$"]
+    match = "|".join(f"(?=^{stem_of(files)}){stage.match}" for stage in stages)
+    command = [sys.executable, INSTANCES, library.make(), "--bounds", bounds, "--seeds"]
+    command += ["--match", match]
     problem = verdict(within(functools.partial(build.run, command), 400, ENVIRONMENT))
     if not problem:
         workshop = Workshop(folder, bounds)
-        problems = (workshop.try_out(stage, EVERYTHING, {}, tests=False) for stage in stages)
+        stages = [stage for stage in stages if workshop.sources(stage, files)]
+        problems = (workshop.try_out(stage, files, {}, tests=False) for stage in stages)
         problem = next(filter(None, problems), None)
     if problem:
         raise SystemExit(f"the kernels as they are: {problem}")
@@ -430,7 +384,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--list", action="store_true", help="only say which mutants there are")
-    parser.add_argument("--quick", action="store_true", help="only some instances: seconds for one")
+    everything, first = range(len(STAGES)), range(QUICK)
+    parser.add_argument("--stages", type=int, nargs="+", default=everything, help="from 0 on")
+    parser.add_argument("--quick", dest="stages", action="store_const", const=first,
+                        help="only the first instances: seconds for one")  # fmt: skip
     parser.add_argument("--only", type=Path, help="a list of mutants, as a run prints it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     options = parser.parse_args()
@@ -447,12 +404,13 @@ def main() -> int:
     if options.list:
         print("\n".join(map(str, sorted(todo, key=lambda m: (m.file, m.line)))))
         return 0
-    stages = STAGES[:QUICK] if options.quick else STAGES
+    stages = tuple(STAGES[number] for number in options.stages)
     torch.set_num_threads(1)  # see `forked`
     begin, survivors, same, tried = time.monotonic(), [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
         bounds = Path(folder, "bounds.pt")
-        as_they_are(Path(folder, "as-they-are"), bounds, stages)
+        changed = sorted({mutant.file for mutant in todo})
+        as_they_are(Path(folder, "as-they-are"), bounds, stages, changed)
         start = (Path(folder), bounds, stages, begin + 60 * options.minutes)
         with multiprocessing.get_context("fork").Pool(options.jobs, Worker.start, start) as pool:
             for mutant, was_tried, caught in pool.imap_unordered(Worker.judge, todo):
