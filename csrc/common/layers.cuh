@@ -123,7 +123,7 @@ class TileCarver {
         if constexpr (std::is_same_v<T, float>)
             if (scratch_) {
                 float* const piece = scratch_;
-                scratch_ += count;
+                scratch_ += (count + 3) / 4 * 4;  // pieces begin at multiples of 16 bytes
                 return piece;
             }
         return shared_.take<T>(count);
