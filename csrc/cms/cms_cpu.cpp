@@ -19,7 +19,7 @@ using Sequence = baseline::Sequence<CmsParams>;
 // Blocks of a product that are worked on at once, as far as there are sequences: enough for every
 // thread, while the rows of other sequences' chunks take no memory.
 constexpr int64_t kBlocksAtOnce = 64;
-constexpr int64_t kLanesAtMost = 16;
+constexpr int64_t kLanesAtMost = 16;  // of any instruction set: rows are whole vectors
 
 struct Variant {
     void (*tasks)(const CmsWork&, Phase, int64_t, int64_t, void*);
@@ -55,7 +55,7 @@ class Run {
 
     void forward() {
         for (int64_t n = 0; n < p.sequences; n += work.sequences) {
-            begin(n, 2);
+            begin(n, kCmsForwardRows);
             const Memory running = states(!p.keeps_state && chunks > 1);
             work.kept = running.get();
             work.first_chunk = 0, work.end_chunk = chunks;
@@ -65,7 +65,7 @@ class Run {
     }
     void backward() {
         for (int64_t n = 0; n < p.sequences; n += work.sequences) {
-            begin(n, 5);
+            begin(n, kCmsBackwardRows);
             const int64_t group = p.checkpoint_every;
             const Memory kept = states(most(0, least(group, chunks) - 1));
             work.kept = kept.get();

@@ -50,8 +50,9 @@ struct CmsTask {
 
     // ---- rows of the chunk ----
     T* rows_at(int64_t features, int64_t hidden) const {  // after so many of either kind
-        const int64_t size = w.pass == CmsPass::forward ? 2 * (w.ld + w.lf) : 5 * (w.ld + w.lf);
-        return static_cast<T*>(w.rows) + (n - w.first_sequence) * w.most_rows * size +
+        const int64_t kinds = w.pass == CmsPass::forward ? kCmsForwardRows : kCmsBackwardRows;
+        const int64_t before = (n - w.first_sequence) * kinds * (w.ld + w.lf);
+        return static_cast<T*>(w.rows) + w.most_rows * before +
                w.most_rows * (features * w.ld + hidden * w.lf);
     }
     T* x() const { return rows_at(0, 0); }

@@ -28,6 +28,9 @@ enum class CmsPass {
     backward  // of one chunk
 };
 
+// Matrices of rows that a chunk needs on its way: so many [rows][ld] and so many [rows][lf].
+constexpr int64_t kCmsForwardRows = 2, kCmsBackwardRows = 5;
+
 struct CmsWork {
     const CmsParams& params;
     CmsPass pass;
@@ -36,7 +39,7 @@ struct CmsWork {
     int64_t first_chunk, end_chunk;     // the group: from one checkpoint to the next; else all
     int64_t chunk;                      // of each sequence that has so many
     int64_t ld, lf;                     // leading dimensions of rows of D and F numbers
-    void* rows;                         // [sequences][2 or 5 of each kind][most_rows][ld or lf]
+    void* rows;                         // [sequences][of each kind][most_rows][ld or lf]
     void* kept;                         // [chunks - 1][sequences][2 D F]: the group's weights; of
                                         // the forward's, if not final_weights, [sequences][2 D F]
 };
