@@ -42,7 +42,13 @@ from benchmarks.subjects import Operator, Setting
 
 OPERATORS = {
     operator.name: operator
-    for operator in (titans.BENCHMARK, titans_deep.BENCHMARK, selfmod.BENCHMARK, conv.BENCHMARK)
+    for operator in (
+        titans.BENCHMARK,
+        titans_deep.BENCHMARK,
+        selfmod.BENCHMARK,
+        selfmod.LINEAR,
+        conv.BENCHMARK,
+    )
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUICK_REPEATS = 2

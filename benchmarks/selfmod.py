@@ -3,13 +3,14 @@
 The plain PyTorch is what one writes first: the gradients of a chunk's tokens by vmap of grad, then
 a loop over the tokens. It computes the same and is differentiable, too.
 
-B batch, T tokens, H heads, D head size, F hidden size, C chunk size. On the CPU only: there are no
-CUDA kernels yet.
+B batch, T tokens, H heads, D head size, F hidden size (of deep memories), C chunk
+size.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 import hope_ext
-from benchmarks.subjects import FORWARD, TRAINING, Contest, Operator, Row, Setting, Subject, Work
+from benchmarks.subjects import BACKWARD, FORWARD, TRAINING, Contest, Operator, Row, Setting, Subject, Work
 from hope_ext import testing
 
 REFERENCE_TOKENS = 64
@@ -40,7 +41,7 @@ def inputs(setting: Setting, *, batch: int | None = None, tokens: int | None = N
         tokens=tokens or shape["T"],
         heads=shape["H"],
         dim=shape["D"],
-        hidden=shape["F"],
+        hidden=shape.get("F"),
         chunk_size=shape["C"],
         lr_bias=-5.0,
         retention_bias=12.0,
@@ -55,12 +56,13 @@ def check_arguments(setting: Setting) -> dict[str, Any]:
 
 
 def operator_work(setting: Setting) -> dict[str, Work]:
-    """The forward's products and, for both passes, two more for each of them; whatever is computed
-    again or skipped."""
+    """The forward's products and, for both passes, two more for each of them, whatever is computed
+    again or skipped; of bytes x, q and o, and their gradients."""
     shape = setting.shape
-    tokens, sizes = shape["B"] * shape["T"], (shape[letter] for letter in "HDFC")
-    forward = testing.selfmod_flops(tokens, *sizes)
-    return {FORWARD: Work(forward), TRAINING: Work(3 * forward)}
+    tokens, hidden = shape["B"] * shape["T"], shape.get("F", 0)
+    forward = testing.selfmod_flops(tokens, shape["H"], shape["D"], hidden, shape["C"])
+    rows = tokens * shape["H"] * shape["D"] * setting.dtype.itemsize
+    return {FORWARD: Work(forward, 3 * rows), TRAINING: Work(3 * forward, 8 * rows)}
 
 
 def subject(setting: Setting, function: Any) -> Subject:
@@ -95,7 +97,9 @@ def fewer_tokens(shape: dict[str, int]) -> dict[str, int]:
 
 
 def read(memory: Memory, x: Tensor) -> Tensor:
-    """M(x), x [..., D]: x + act(x W1) W2, without the `x +` where M maps to one number."""
+    """M(x), x [..., D]: x W, or x + act(x W1) W2, without the `x +` where M maps to one number."""
+    if len(memory) == 1:
+        return x @ memory[0]
     core = F.gelu(x @ memory[0], approximate="tanh") @ memory[1]
     return core if memory[1].shape[-1] == 1 else x + core
 
@@ -122,7 +126,7 @@ def plain(
     lr_max: float,
     **defaults: Any,
 ) -> Tensor:
-    """Deep memories, gelu, l2, read "before"; whole sequences."""
+    """gelu, l2, read "before"; whole sequences."""
     expected = {"activation": "gelu", "objective": "l2", "read": "before"}
     if defaults != expected:
         raise ValueError(f"expected {expected}, got {defaults}")
@@ -146,10 +150,12 @@ def plain(
             token = slice(t, t + 1)
             outputs.append(read(weights["memory"], q[:, :, start + t : start + t + 1]))
             eta_t, alpha_t, k_t = eta[:, :, token], alpha[:, :, token], k[:, :, token]
-            for name, (w1, w2) in weights.items():
-                first, second = (g[:, :, t] for g in gradients[name])
-                first = first + k_t.mT @ (k_t @ w1)
-                weights[name] = (alpha_t * w1 - eta_t * first, alpha_t * w2 - eta_t * second)
+            for name, memory in weights.items():
+                steps = [g[:, :, t] for g in gradients[name]]
+                steps[0] = steps[0] + k_t.mT @ (k_t @ memory[0])
+                weights[name] = tuple(
+                    alpha_t * w - eta_t * step for w, step in zip(memory, steps, strict=True)
+                )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
@@ -157,25 +163,44 @@ def bare_plain(setting: Setting) -> Subject:
     return subject(setting, plain)
 
 
+def bounds(setting: Setting) -> dict[str, Work]:
+    """The work of the design with checkpoints: its backward computes the states once more."""
+    forward, both = (operator_work(setting)[direction] for direction in (FORWARD, TRAINING))
+    return {FORWARD: forward, BACKWARD: Work(both.flops, both.bytes - forward.bytes)}
+
+
+CONTESTS = (
+    Contest(
+        "operator",
+        (
+            Row("reference", bare_reference, at=fewer_tokens),
+            Row("plain PyTorch", bare_plain, at=fewer_tokens),
+            Row("ours", bare),
+        ),
+        "ours",
+    ),
+)
+
 BENCHMARK = Operator(
     stem="selfmod",
     letters="BTHDFC",
-    shapes={"cpu": ((1, 256, 1, 64, 64, 64), (2, 1024, 4, 64, 64, 64))},
-    contests={
-        "cpu": (
-            Contest(
-                "operator",
-                (
-                    Row("reference", bare_reference, at=fewer_tokens),
-                    Row("plain PyTorch", bare_plain, at=fewer_tokens),
-                    Row("ours", bare),
-                ),
-                "ours",
-            ),
-        ),
+    shapes={
+        "cpu": ((1, 256, 1, 64, 64, 64), (2, 1024, 4, 64, 64, 64)),
+        "cuda": ((8, 4096, 16, 64, 64, 64), (4, 8192, 8, 128, 128, 64)),
     },
+    contests={"cpu": CONTESTS, "cuda": CONTESTS},
     run=run,
     check_arguments=check_arguments,
     quick=lambda shape: {**shape, "B": 1, "T": min(shape["T"], 2 * shape["C"])},
-    roofs={"cpu": ("flops",)},
+    roofs={"cpu": ("flops",), "cuda": ("flops", "bytes")},
+    bounds=bounds,
+)
+LINEAR = replace(
+    BENCHMARK,
+    variant="linear",
+    letters="BTHDC",
+    shapes={
+        "cpu": ((2, 1024, 4, 64, 64),),
+        "cuda": ((8, 4096, 16, 64, 64), (4, 8192, 8, 128, 64)),
+    },
 )

@@ -238,16 +238,19 @@ def test_the_deep_memory_has_a_benchmark(tmp_path, no_peers):
     assert {("operator", "reference"), ("operator", "ours"), ("layer", "ours")} <= timed
 
 
-def test_the_self_modifying_memory_has_a_benchmark(tmp_path, no_peers):
-    words = ("--op", "selfmod", "--shape", "1,20,2,16,24,8")
-    status, (result,) = run_ops(tmp_path, *words)
+@pytest.mark.parametrize(
+    ("op", "shape"), [("selfmod", "1,20,2,16,24,8"), ("selfmod-linear", "1,20,2,16,8")]
+)
+def test_the_self_modifying_memory_has_a_benchmark(tmp_path, no_peers, op, shape):
+    status, (result,) = run_ops(tmp_path, "--op", op, "--shape", shape)
     assert status == 0
     timed = {r["row"] for r in result["rows"] if "median_ms" in r}
     assert {"reference", "plain PyTorch", "ours"} <= timed
 
 
-def test_plain_pytorch_computes_the_same_self_modifying_memory():
-    shape = dict(zip("BTHDFC", (2, 20, 2, 16, 24, 8), strict=True))
+@pytest.mark.parametrize("hidden", [{"F": 24}, {}], ids=["deep", "linear"])
+def test_plain_pytorch_computes_the_same_self_modifying_memory(hidden):
+    shape = dict(zip("BTHDC", (2, 20, 2, 16, 8), strict=True)) | hidden
     setting = Setting(shape, torch.float64, "cpu")
 
     def results(subject):

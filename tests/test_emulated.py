@@ -198,7 +198,9 @@ def unchecked_bounds(monkeypatch):
 
 
 PACKED = {
-    case.stem: case for case in CASES if str(case) in ("conv-packed", "titans-packed-long-chunks")
+    case.stem: case
+    for case in CASES
+    if str(case) in ("conv-packed", "titans-packed-long-chunks", "selfmod-packed")
 }
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import all_close, close
+from backends import all_close, close, device_of, each_backend
 from laws import evaluate, float_leaves
 from torch.nn import functional as F
 from torch.utils import _pytree
@@ -16,7 +16,7 @@ from hope_ext.reference.selfmod import GATES, NAMES, Rules
 from hope_ext.testing import selfmod_inputs
 
 TOKENS = ("x", "q")
-KINDS = {"linear": {"hidden": None}, "deep": {"hidden": 24}}
+KINDS = {"linear": {"hidden": None}, "deep": {"hidden": 32}}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 LONG = ("chunk-of-64", "stretches", "carried-in-a-long-chunk", "no-token", "no-batch")
 CASES = [case for case in testing.CASES if case.stem == "selfmod"]
@@ -264,12 +264,13 @@ def test_nan_stays_in_its_batch_row_and_head(name):
 
 
 @each_kind
+@each_backend
 @pytest.mark.parametrize("repeats", [False, True])
 @pytest.mark.parametrize(
     ("retention_bias", "lr_bias"),
     [(-200.0, -3.0), (-12.0, -3.0), (12.0, -3.0), (200.0, -200.0), (200.0, -4.0), (-1.0, 200.0)],
 )
-def test_exact_at_the_extremes_of_the_gates(kind, repeats, retention_bias, lr_bias):
+def test_exact_at_the_extremes_of_the_gates(kind, backend, repeats, retention_bias, lr_bias):
     """Retention of 0 and 1, which underflows within a chunk or not at all, and eta = lr_max = 1
     with keys of length 1, also one that repeats: in float32 as exact as the definition in float32,
     since nothing is divided by what may vanish."""
@@ -281,19 +282,22 @@ def test_exact_at_the_extremes_of_the_gates(kind, repeats, retention_bias, lr_bi
         if repeats:
             arguments["x"] = arguments["x"][:, :1].expand(-1, 80, -1, -1)
 
-    def results(arguments):
-        leaves = [x.detach().requires_grad_() for x in float_leaves(arguments)]
-        given = iter(leaves)
+    def results(arguments, device="cpu"):
         arguments = _pytree.tree_map(
-            lambda x: next(given) if isinstance(x, torch.Tensor) else x, arguments
+            lambda x: (
+                x.detach().to(device).requires_grad_() if isinstance(x, torch.Tensor) else x
+            ),
+            arguments,
         )
         out, state = run(arguments, return_state=True)
         outputs = [out, *float_leaves(state.weights)]
-        return [*outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves)]
+        loss = sum(x.square().sum() for x in outputs)
+        gradients = torch.autograd.grad(loss, float_leaves(arguments))
+        return [x.cpu() for x in (*outputs, *gradients)]
 
-    truth, ours = results(exact), results(a)
+    ours = results(a, device_of(backend))
     with testing.backend("reference"):
-        torchs = results(a)
+        truth, torchs = results(exact), results(a)
     for x, y, reference in zip(truth, ours, torchs, strict=True):
         assert torch.isfinite(y).all()
         allowed = 4 * (reference - x).norm() + 1e-5 * x.norm() + 1e-6 * math.sqrt(x.numel())

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cxxabi.h>
@@ -18,6 +19,9 @@
 #define DEVICE __device__ __forceinline__
 // A device function that is called: what it needs takes no registers from its caller's other parts.
 #define DEVICE_CALL __device__ __noinline__
+// Before a kernel's struct of params: functions that are given it by reference read it where it is,
+// without a copy for every thread.
+#define GRID_CONSTANT __grid_constant__
 // A static shared array of `count` elements.
 #define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 // Last parameter of a primitive; emulated, it records the line that called the primitive. PASS_SITE
@@ -29,6 +33,7 @@
 
 #define DEVICE inline
 #define DEVICE_CALL inline
+#define GRID_CONSTANT
 #define SHARED_ARRAY EMULATED_SHARED_ARRAY
 #define CALL_SITE , ::emulator::Site site = ::emulator::Site::here()
 #define PASS_SITE , site
@@ -58,6 +63,18 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
 }
+
+inline size_t shared_bytes_of_a_block() {
+    return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// A type, or a number, as an argument: for the choice of a kernel's instance.
+template <class T>
+struct Type {
+    using type = T;
+};
+template <int N>
+using Constant = std::integral_constant<int, N>;
 
 // Launches kernel(arguments...) and returns without waiting for it. Throws std::runtime_error with
 // the kernel's name and CUDA's message; an error of an earlier, asynchronous kernel may surface

@@ -78,15 +78,17 @@ class LayerGradients : public LayerSegment<E, D, Tokens> {
         }
     }
     // queries^T dX - in_weights * (dW' errors^T) - in_momenta * (dS' errors^T): of a layer's keys.
+    // Of a layer that is not read, only what its update gives.
     template <class Queries, class Errors, int Count>
     DEVICE void key_gradients(Accumulator<Count>& result, int slice, int token,
                               const Queries& queries, const typename Tiles::Square& d_scores,
-                              const Errors& errors, const LayerState& d_after) const {
+                              const Errors& errors, const LayerState& d_after,
+                              bool is_read = true) const {
         Accumulator<Count> of_w = {}, of_s = {};
         multiply_states<true>(of_w, of_s, d_after, slice, errors, token);
         combine(of_w, of_w, of_s, vectors_.in_weights + token, vectors_.in_momenta + token);
         this->subtract(result, of_w);
-        if (reads_anchor_) return;
+        if (reads_anchor_ || !is_read) return;
 #pragma unroll
         for (int n = 0; n < Tokens / 16; n++) {
             Block<E> block;
@@ -97,17 +99,18 @@ class LayerGradients : public LayerSegment<E, D, Tokens> {
         }
     }
     // - d_out^T P - in_weights * (dW'^T keys^T) - in_momenta * (dS'^T keys^T): of a layer's errors.
+    // Of a layer that is not read, only what its update gives.
     template <class Outputs, class Keys, class Errors, int Count>
     DEVICE void error_gradients(Accumulator<Count>& result, int slice, int token,
                                 const Outputs& d_out, const typename Tiles::Square& scores,
-                                const Keys& keys, const Errors& errors,
-                                const LayerState& d_after) const {
+                                const Keys& keys, const Errors& errors, const LayerState& d_after,
+                                bool is_read = true) const {
         Accumulator<Count> of_w = {}, of_s = {};
         multiply_states<false>(of_w, of_s, d_after, slice, keys, token);
         add_dots(Gates::kInWeights, of_w, errors, slice, token);
         if (has_momenta_) add_dots(Gates::kInMomenta, of_s, errors, slice, token);
         combine(of_w, of_w, of_s, vectors_.in_weights + token, vectors_.in_momenta + token);
-        if (!reads_anchor_) {
+        if (!reads_anchor_ && is_read) {
 #pragma unroll
             for (int n = 0; n < Tokens / 16; n++) {
                 Block<E> block;
@@ -156,29 +159,31 @@ class LayerGradients : public LayerSegment<E, D, Tokens> {
             keys.multiply_tokens(sums, left, n * 16, column);
         }
     }
-    template <class Outputs, class Queries, class AnchorProducts>
+    // The states' gradients before the segment, in place of those after it, and the anchor's, which
+    // wait in d_anchor until the chunk's start. more(to_w, to_anchor, row, column) adds to both
+    // what is special to a memory.
+    template <class Outputs, class Queries, class More>
     DEVICE void layer_gradient(const Segment& at, const LayerState& from, const LayerState& d_state,
                                const StateMatrix& d_anchor, const Outputs& d_out,
                                const Queries& queries, float (&products)[kProducts],
-                               const AnchorProducts& anchor_products) const {
+                               const More& more, bool is_read = true) const {
         const StateMatrix& w = from.w;
         Tiles::template for_pieces<32>(w.rows, w.columns, [&](int row, int column, auto width) {
             piece_gradient<decltype(width)::value>(at, row, column, from, d_state, d_anchor, d_out,
-                                                   queries, products, anchor_products);
+                                                   queries, products, more, is_read);
         });
     }
-    template <int Columns, class Outputs, class Queries, class AnchorProducts>
+    template <int Columns, class Outputs, class Queries, class More>
     DEVICE void piece_gradient(const Segment& at, int row, int column, const LayerState& from,
                                const LayerState& d_state, const StateMatrix& d_anchor,
                                const Outputs& d_out, const Queries& queries,
-                               float (&products)[kProducts],
-                               const AnchorProducts& anchor_products) const {
+                               float (&products)[kProducts], const More& more, bool is_read) const {
         const Vectors<Tokens>& vectors = vectors_;
         Accumulator<Columns / 8> to_w = {}, to_s = {}, to_anchor = {};
-        if (reads_anchor_) multiply_gradient(to_anchor, d_out, queries, row, column);
+        if (reads_anchor_ && is_read) multiply_gradient(to_anchor, d_out, queries, row, column);
 #pragma unroll
         for (int n = 0; n < Tokens / 16; n++) {
-            if (reads_anchor_) continue;
+            if (reads_anchor_ || !is_read) continue;
             Block<E> block, scaled;
             Left<E> left;
             d_out.load_features(block, row, n * 16);
@@ -190,7 +195,7 @@ class LayerGradients : public LayerSegment<E, D, Tokens> {
             make_left(left, scaled);
             queries.multiply_tokens(to_s, left, n * 16, column);
         }
-        anchor_products(to_anchor, row, column);
+        more(to_w, to_anchor, row, column);
         const StateMatrix &d_w = d_state.w, &d_s = d_state.s, &w = from.w, &s = from.s;
         const int lane = thread_ % 32;
 #pragma unroll

@@ -5,11 +5,15 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "common/host.h"
+#include "common/cuda_host.h"
 #include "common/library.h"
+#ifdef HOPE_WITH_CUDA
+#include "selfmod/selfmod_cuda.h"
+#endif
 
 namespace hope {
 namespace {
@@ -54,6 +58,24 @@ void set_sizes(SelfmodParams& p, at::TensorList weights) {
         p.hidden_dim[m] = weights[2 * m].size(3);
         TORCH_CHECK_VALUE(p.hidden_dim[m] > 0, "weights: expected a hidden size above 0");
     }
+}
+
+void check_on_cuda([[maybe_unused]] const SelfmodParams& p,
+                   [[maybe_unused]] at::ScalarType element) {
+#ifdef HOPE_WITH_CUDA
+    TORCH_CHECK_TYPE(element != at::kDouble,
+                     "x: expected float32, bfloat16 or float16 on CUDA, got float64");
+    TORCH_CHECK_VALUE(selfmod_cuda_supports(p.dim),
+                      "x: expected a head size of 16, 32, 64 or 128 on CUDA, got ", p.dim);
+    TORCH_CHECK_VALUE(p.tokens <= kMostSelfmodTokensOnCuda, "x: expected at most ",
+                      kMostSelfmodTokensOnCuda, " tokens on CUDA, got ", p.tokens);
+    TORCH_CHECK_VALUE(p.chunk_size < int64_t{1} << 31, "chunk_size: expected less than 2**31, got ",
+                      p.chunk_size);
+    for (const int64_t hidden : p.hidden_dim)
+        TORCH_CHECK_VALUE(hidden % 16 == 0,
+                          "memories: expected hidden sizes that are multiples of 16 on CUDA, got ",
+                          hidden);
+#endif
 }
 
 struct Options {
@@ -104,8 +126,11 @@ Inputs gather(const Tensor& x, const Tensor& q, at::TensorList weights, const Te
                 check(name, tensors[i], in.sizes_of(static_cast<int>(i)), state)));
         return checked;
     };
-    in.x = with_contiguous_rows(x);
-    in.q = with_contiguous_rows(check("q", q, x.sizes(), element));
+    if (on_cuda(x)) check_on_cuda(p, element);
+    auto rows = [&](const Tensor& tensor) {
+        return on_cuda(x) ? with_aligned_rows(tensor) : with_contiguous_rows(tensor);
+    };
+    in.x = rows(x), in.q = rows(check("q", q, x.sizes(), element));
     in.weights = states("weights", weights), in.anchor = states("anchor", anchor);
     in.lr_bias = check("lr_bias", lr_bias, {p.sequences, p.heads}, state);
     in.retention_bias = check("retention_bias", retention_bias, {p.sequences, p.heads}, state);
@@ -132,6 +157,59 @@ std::vector<int64_t> checkpoint_sizes(const SelfmodParams& p, int64_t batch) {
     return {checkpoint_slots(batch * p.tokens, p.sequences, span), p.heads, selfmod_state_size(p)};
 }
 
+#ifdef HOPE_WITH_CUDA
+// bytes_of: selfmod_fwd_cuda_scratch or the backward's, which says -1 where a block's tiles do not
+// fit the device's shared memory.
+Tensor cuda_scratch(const Inputs& in, int64_t (*bytes_of)(const SelfmodParams&)) {
+    const int64_t bytes = bytes_of(in.params);
+    TORCH_CHECK_VALUE(bytes >= 0 || in.params.memory_layers == 2, "x: a head size of ",
+                      in.params.dim, " needs more shared memory than this device has in ",
+                      in.x.scalar_type());
+    SelfmodParams smaller = in.params;
+    int64_t& hidden = smaller.hidden_dim[0];
+    for (const int64_t other : in.params.hidden_dim) hidden = std::max(hidden, other);
+    const int64_t widest = hidden;
+    while (bytes < 0 && hidden > 16 && bytes_of(smaller) < 0) {
+        hidden -= 16;
+        for (int64_t& each : smaller.hidden_dim) each = std::min(each, hidden);
+    }
+    TORCH_CHECK_VALUE(bytes >= 0, "memories: a hidden size of ", widest,
+                      " needs more shared memory than this device has for a head size of ",
+                      in.params.dim, " in ", in.x.scalar_type(), "; expected at most ", hidden);
+    return at::empty({bytes}, in.x.options().dtype(at::kByte));
+}
+#endif
+
+void run_forward(const Inputs& in) {
+    const SelfmodParams& p = in.params;
+#ifdef HOPE_WITH_CUDA
+    if (on_cuda(in.x)) {
+        const CudaScope scope(in.x);
+        const Tensor scratch = cuda_scratch(in, selfmod_fwd_cuda_scratch);
+        selfmod_fwd_cuda(p, scratch.data_ptr(), scope.stream());
+        return;
+    }
+#endif
+#ifndef HOPE_EMULATED
+    selfmod_fwd_cpu(p, parallel_for);
+#endif
+}
+
+void run_backward(const Inputs& in) {
+    const SelfmodParams& p = in.params;
+#ifdef HOPE_WITH_CUDA
+    if (on_cuda(in.x)) {
+        const CudaScope scope(in.x);
+        const Tensor scratch = cuda_scratch(in, selfmod_bwd_cuda_scratch);
+        selfmod_bwd_cuda(p, scratch.data_ptr(), scope.stream());
+        return;
+    }
+#endif
+#ifndef HOPE_EMULATED
+    selfmod_bwd_cpu(p, parallel_for);
+#endif
+}
+
 using Forward = std::tuple<Tensor, Matrices, Matrices, Tensor>;
 
 Forward selfmod(const Tensor& x, const Tensor& q, at::TensorList weights, const Tensor& lr_bias,
@@ -147,9 +225,7 @@ Forward selfmod(const Tensor& x, const Tensor& q, at::TensorList weights, const 
     if (checkpoint_every > 0) checkpoints = at::empty(checkpoint_sizes(p, x.size(0)), in.states);
     p.o = token_tensor(o), p.checkpoints = checkpoints.data_ptr();
     set_states(p.final_weights, final_weights), set_states(p.final_anchor, final_anchor);
-#ifndef HOPE_EMULATED
-    selfmod_fwd_cpu(p, parallel_for);
-#endif
+    run_forward(in);
     return {o, final_weights, final_anchor, checkpoints};
 }
 
@@ -182,7 +258,8 @@ Backward selfmod_backward(const optional<Tensor>& d_o, at::TensorList d_weights,
                                                accumulation_of(x), x.device()));
         return checked;
     };
-    const Tensor from_o = checked_gradient("d_o", d_o, x.sizes(), x.scalar_type(), x.device());
+    Tensor from_o = checked_gradient("d_o", d_o, x.sizes(), x.scalar_type(), x.device());
+    if (from_o.defined() && on_cuda(x)) from_o = with_aligned_rows(from_o);
     const Matrices from_weights = of_states("d_weights", d_weights),
                    from_anchor = of_states("d_anchor", d_anchor);
     p.d_o = token_tensor(from_o);
@@ -190,20 +267,21 @@ Backward selfmod_backward(const optional<Tensor>& d_o, at::TensorList d_weights,
 
     const Tensor d_x = in.empty_rows(), d_q = in.empty_rows(), d_lr_bias = in.empty_bias(),
                  d_retention_bias = in.empty_bias();
-    const Matrices d_start = in.empty_states(), d_first_anchor = in.empty_states(!anchor.empty());
+    const Matrices d_start = in.empty_states();
+    // The CUDA kernel wants to write it always.
+    Matrices d_first_anchor = in.empty_states(!anchor.empty() || on_cuda(x));
     p.d_x = token_tensor(d_x), p.d_q = token_tensor(d_q);
     p.d_lr_bias = matrix_tensor(d_lr_bias), p.d_retention_bias = matrix_tensor(d_retention_bias);
     set_states(p.d_weights, d_start), set_states(p.d_anchor, d_first_anchor);
-#ifndef HOPE_EMULATED
-    selfmod_bwd_cpu(p, parallel_for);
-#endif
+    run_backward(in);
+    if (anchor.empty()) d_first_anchor.clear();
     return {d_x, d_q, d_start, d_lr_bias, d_retention_bias, d_first_anchor};
 }
 
 }  // namespace
 }  // namespace hope
 
-HOPE_CPU_OPERATORS(library) {
+HOPE_OPERATORS(library) {
     library.impl("selfmod", &hope::selfmod);
     library.impl("selfmod_backward", &hope::selfmod_backward);
 }

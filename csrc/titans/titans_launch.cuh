@@ -7,13 +7,6 @@
 
 namespace hope {
 
-template <class T>
-struct Type {
-    using type = T;
-};
-template <int N>
-using Constant = std::integral_constant<int, N>;
-
 // body(Type<E>, Constant<D>) for the params' element and key dimension.
 template <class Body>
 void for_instance(const TitansParams& p, const Body& body) {
@@ -41,10 +34,6 @@ void for_instance(const TitansParams& p, const Body& body) {
             break;
     }
     throw std::invalid_argument("titans_linear: no CUDA kernel for float64");
-}
-
-inline size_t shared_bytes_of_a_block() {
-    return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 // How the walking kernels are launched.

@@ -16,16 +16,6 @@
 
 namespace hope {
 
-// States that a block keeps: before the chunks of a group, then before a chunk's other segments.
-__host__ __device__ inline int64_t chunks_of_group(const TitansParams& p) {
-    const int64_t most = p.tokens / p.chunk_size + 2;
-    return p.checkpoint_every < most ? p.checkpoint_every : most;
-}
-template <int Tokens>
-int64_t states_of_block(const TitansParams& p) {
-    return chunks_of_group(p) + Sequence<Tokens>::segments_of_chunk(p) - 1;
-}
-
 template <class E, int D, int Tokens, int Layers>
 class BackwardWalk {
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
@@ -236,7 +226,7 @@ class BackwardWalk {
 
 template <class E, int D, int Tokens, int Layers>
 __global__ void __launch_bounds__(kLayerThreads, 1)
-    titans_network_bwd_kernel(const TitansParams p, const NetworkMemory memory) {
+    titans_network_bwd_kernel(GRID_CONSTANT const TitansParams p, const LayerMemory memory) {
     using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());
     float* scratch = memory.of_block();
@@ -253,9 +243,9 @@ template <class E, int D, int Tokens, int Layers>
 struct NetworkBackward {
     static constexpr auto kernel = titans_network_bwd_kernel<E, D, Tokens, Layers>;
 
-    static NetworkDemand demand(const TitansParams& p) {
+    static LayerDemand demand(const TitansParams& p) {
         using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;
-        NetworkDemand demand = tiles_demand([&](TileCarver& tiles) { Layout(tiles, p, nullptr); });
+        LayerDemand demand = tiles_demand([&](TileCarver& tiles) { Layout(tiles, p, nullptr); });
         demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
         demand.more_floats = Layout::parked_floats(p) + (p.position ? floats_of_network(p) : 0) +
                              states_of_block<Tokens>(p) * floats_of_state(p);
@@ -264,8 +254,8 @@ struct NetworkBackward {
 };
 
 // Compiled one by one: each takes minutes.
-extern template struct NetworkKernels<float, NetworkBackward>;
-extern template struct NetworkKernels<bf16, NetworkBackward>;
-extern template struct NetworkKernels<fp16, NetworkBackward>;
+extern template struct LayerKernels<float, NetworkBackward, TitansParams>;
+extern template struct LayerKernels<bf16, NetworkBackward, TitansParams>;
+extern template struct LayerKernels<fp16, NetworkBackward, TitansParams>;
 
 }  // namespace hope

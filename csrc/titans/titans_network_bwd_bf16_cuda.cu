@@ -4,6 +4,6 @@
 
 namespace hope {
 
-template struct NetworkKernels<bf16, NetworkBackward>;
+template struct LayerKernels<bf16, NetworkBackward, TitansParams>;
 
 }  // namespace hope

@@ -5,7 +5,7 @@
 
 namespace hope {
 
-template struct NetworkKernels<float, NetworkBackward>;
+template struct LayerKernels<float, NetworkBackward, TitansParams>;
 
 int64_t titans_network_bwd_cuda_scratch(const TitansParams& params) {
     return for_element(params.element, [&](auto element) {

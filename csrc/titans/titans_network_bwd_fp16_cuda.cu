@@ -4,6 +4,6 @@
 
 namespace hope {
 
-template struct NetworkKernels<fp16, NetworkBackward>;
+template struct LayerKernels<fp16, NetworkBackward, TitansParams>;
 
 }  // namespace hope

@@ -16,7 +16,7 @@ namespace {
 
 template <class E, int D, int Tokens, int Layers>
 __global__ void __launch_bounds__(kLayerThreads, 1)
-    titans_network_fwd_kernel(const TitansParams p, const NetworkMemory memory) {
+    titans_network_fwd_kernel(GRID_CONSTANT const TitansParams p, const LayerMemory memory) {
     using Layout = NetworkLayout<E, D, Tokens, Layers>;
     using Walk = NetworkSegment<E, D, Tokens, Layers>;
     SharedCarver carver(dynamic_shared());
@@ -104,8 +104,8 @@ template <class E, int D, int Tokens, int Layers>
 struct NetworkForward {
     static constexpr auto kernel = titans_network_fwd_kernel<E, D, Tokens, Layers>;
 
-    static NetworkDemand demand(const TitansParams& p) {
-        NetworkDemand demand = tiles_demand(
+    static LayerDemand demand(const TitansParams& p) {
+        LayerDemand demand = tiles_demand(
             [&](TileCarver& tiles) { NetworkLayout<E, D, Tokens, Layers>(tiles, p, false); });
         demand.groups = 1 + p.has_momentum + keeps_anchor<Tokens>(p);
         return demand;

@@ -328,18 +328,18 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
         float products[kProducts] = {};
         if constexpr (Layers == 2) {
             layer_gradient(at, from.layer(0), d_state.layer(0), d_anchor.layer[0], shared_.zq,
-                           shared_.q, products, [&](auto& sums, int row, int column) {
+                           shared_.q, products, [&](auto&, auto& sums, int row, int column) {
                                multiply_gradient(sums, shared_.z, shared_.k, row, column);
                            });
             layer_gradient(at, from.layer(1), d_state.layer(1), d_anchor.layer[1], all_.d_o,
-                           shared_.hq, products, [&](auto& sums, int row, int column) {
+                           shared_.hq, products, [&](auto&, auto& sums, int row, int column) {
                                multiply_gradient(sums, shared_.e, shared_.g, row, column);
                                if (this->needs_outputs())
                                    multiply_gradient(sums, all_.d_y, shared_.h, row, column);
                            });
         } else {
             layer_gradient(at, from.layer(0), d_state.layer(0), d_anchor.layer[0], all_.d_o,
-                           shared_.q, products, [&](auto& sums, int row, int column) {
+                           shared_.q, products, [&](auto&, auto& sums, int row, int column) {
                                if (this->needs_outputs())
                                    multiply_gradient(sums, all_.d_y, shared_.k, row, column);
                            });

@@ -223,7 +223,8 @@ class Step {
 };
 
 template <class E>
-__global__ void __launch_bounds__(kStepThreads) titans_network_step_kernel(const TitansParams p) {
+__global__ void __launch_bounds__(kStepThreads)
+    titans_network_step_kernel(GRID_CONSTANT const TitansParams p) {
     SharedCarver carver(dynamic_shared());
     const StepVectors shared(carver, p);
     const Sequence<1> in(p, static_cast<int>(blockIdx.x / p.heads),

@@ -22,7 +22,7 @@ def selfmod_inputs(
     tokens: int = 37,
     heads: int = 2,
     dim: int = 16,
-    hidden: int | None = 24,
+    hidden: int | None = 32,
     chunk_size: int = 16,
     lr_max: float = 1.0,
     lr_bias: float = -2.0,
@@ -90,14 +90,23 @@ def selfmod_inputs(
 
 
 def selfmod_flops(tokens: int, heads: int, dim: int, hidden: int, chunk_size: int) -> int:
-    """Floating-point operations of the forward of deep memories in chunks: 70 D F + 10 C F + 2 C D
-    per token and head, whatever is computed again or skipped."""
-    return tokens * heads * (70 * dim * hidden + 10 * chunk_size * hidden + 2 * chunk_size * dim)
+    """Floating-point operations of the forward in chunks, whatever is computed again or skipped:
+    70 D F + 10 C F + 2 C D per token and head for deep memories; for linear ones (hidden 0), which
+    a chunk moves by one common matrix, 8 D^2 + 6 D^3 / C + 4 C D."""
+    if hidden == 0:
+        each = 8 * dim**2 + 6 * dim**3 // chunk_size + 4 * chunk_size * dim
+    else:
+        each = 70 * dim * hidden + 10 * chunk_size * hidden + 2 * chunk_size * dim
+    return tokens * heads * each
+
+
+CUDA_HEAD_SIZES = {16, 32, 64, 128}  # csrc/selfmod/selfmod_cuda.h
 
 
 def _selfmod(name: str, *, tiny: bool = False, **options: Any) -> Case:
     make = functools.partial(selfmod_inputs, **options)
-    return Case("selfmod", name, hope_ext.self_modifying_memory, make, tiny, cuda=False)
+    cuda = options.get("dim", 16) in CUDA_HEAD_SIZES and (options.get("hidden") or 16) % 16 == 0
+    return Case("selfmod", name, hope_ext.self_modifying_memory, make, tiny, cuda=cuda)
 
 
 _TINY: dict[str, Any] = {
@@ -108,7 +117,7 @@ _TINY: dict[str, Any] = {
 CASES: tuple[Case, ...] = (
     *(
         case
-        for kind, hidden in (("linear", None), ("deep", 24))
+        for kind, hidden in (("linear", None), ("deep", 32))
         for objective in ("l2", "dot")
         for read in ("after", "before", "chunk")
         for case in (
@@ -136,7 +145,7 @@ CASES: tuple[Case, ...] = (
     _selfmod("narrow", dim=32, hidden=8),
     _selfmod("wide", batch=1, heads=1, dim=32, hidden=128),
     # States are kept at every seventh chunk or so: the backward has several stretches to go over.
-    _selfmod("stretches", batch=1, tokens=140, heads=1, chunk_size=8, dim=32, hidden=32,
+    _selfmod("stretches", batch=1, tokens=140, heads=2, chunk_size=8, dim=32, hidden=32,
              lr_bias=-4.0, retention_bias=6.0),
     _selfmod("stretches-linear", batch=1, tokens=100, chunk_size=4, hidden=None, lr_bias=-4.0),
     _selfmod("carried", positions=[5, 16]),

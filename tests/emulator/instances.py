@@ -65,6 +65,11 @@ def _conv(name: str, **options) -> Case:
     return Case("conv", name, hope_ext.causal_conv, make, everything="return_tail")
 
 
+def _selfmod(name: str, **options) -> Case:
+    make = functools.partial(testing.selfmod_inputs, **{"lr_bias": -4.0, **options})
+    return Case("selfmod", name, hope_ext.self_modifying_memory, make)
+
+
 def instances() -> Iterator[Instance]:
     for dtype in NARROW:
         for key, value, other, way in (
@@ -110,6 +115,7 @@ def instances() -> Iterator[Instance]:
                 IDLE,
             )
         yield from _networks(dtype)
+        yield from _selfmods(dtype)
         for width in (2, 3, 4, 1, 9, 64):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
@@ -160,6 +166,43 @@ def _networks(dtype: torch.dtype) -> Iterator[Instance]:
     steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
     yield Instance(_titans("deep-step", **steps, key=32, value=32, hidden=64), dtype, {}, False)
     yield Instance(_titans("norm-step", **steps, key=32, value=32, **norm), dtype, {}, False)
+
+
+def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
+    """Self-modifying memories: on devices where segments have 32 tokens, or 16, and where states,
+    or tiles, lie in scratch memory.
+    """
+    one = {"batch": 1, "heads": 2}
+    # Two segments in a chunk, or three; the second sequence goes on inside one.
+    packed = {"chunk_size": 40, "bounds": [0, 20, 75], "positions": [0, 30], "tokens": 75}
+    for dim, hidden, device in (
+        (32, 48, {}),
+        (64, 32, TIGHT),
+        (128, 32, {}),
+        (128, 16, SMALL),
+        (32, None, {}),
+        (64, None, TIGHT),
+        (128, None, {}),
+        (128, None, SMALL),
+    ):
+        name = f"{dim}x{hidden}" if hidden else f"linear-{dim}"
+        size = {"dim": dim, "hidden": hidden}
+        yield Instance(_selfmod(f"{name}-{len(device)}", **one, **packed, **size), dtype, device)
+    for hidden in (16, None):
+        kind = "deep" if hidden else "linear"
+        for read in ("after", "before", "chunk"):
+            other = {"objective": "dot", "activation": "silu", "read": read, "hidden": hidden}
+            yield Instance(_selfmod(f"{kind}-{read}", **one, tokens=37, **other), dtype, {})
+        # States are kept at every third chunk or so: several stretches to go over.
+        yield Instance(
+            _selfmod(f"{kind}-stretches", **one, tokens=66, chunk_size=4, hidden=hidden), dtype, {}
+        )
+        yield Instance(
+            _selfmod(f"{kind}-step", batch=4, tokens=1, positions=[0, 3, 14, 15], hidden=hidden),
+            dtype,
+            {},
+            False,
+        )
 
 
 def check(
