@@ -13,21 +13,24 @@ struct CmsThroughLesson {
     static constexpr CmsResult kResult = CmsResult::hidden;
     static constexpr bool kLeftTurned = false, kRightTurned = false;
     const CmsChunk<E>& c;
-    const int layer;
+    const RowMajor<E> z, g, d_u;
+    const RowMajor<float> parked;
 
+    DEVICE CmsThroughLesson(const CmsChunk<E>& chunk, int)
+        : c(chunk), z(c.z()), g(c.g()), d_u(c.d_u()), parked(c.parked()) {}
     DEVICE bool wanted() const { return c.learns(); }
     template <class Block>
     DEVICE void multiply(Block& block) const {
         block.add({Factors<E>{c.x(), c.lesson(0), c.dim()}});
     }
     DEVICE void leave(int t, int f, float d_g0, float d_g1) const {
-        const float2 z = unpack<E>(pair_at(c.z().at(t, f)));
-        const Activated a0 = activate(c.p.activation, z.x), a1 = activate(c.p.activation, z.y);
-        Pair<E>& place = pair_at(c.g().at(t, f));
+        const float2 at = unpack<E>(pair_at(z.at(t, f)));
+        const Activated a0 = activate(c.p.activation, at.x), a1 = activate(c.p.activation, at.y);
+        Pair<E>& place = pair_at(g.at(t, f));
         const float2 u = unpack<E>(place);
         place = pack<E>(u.x * a0.slope, u.y * a1.slope);
-        pair_at(c.d_u().at(t, f)) = pack<E>(d_g0 * a0.slope, d_g1 * a1.slope);
-        pair_at(c.parked().at(t, f)) = make_float2(d_g0 * u.x * a0.curve, d_g1 * u.y * a1.curve);
+        pair_at(d_u.at(t, f)) = pack<E>(d_g0 * a0.slope, d_g1 * a1.slope);
+        pair_at(parked.at(t, f)) = make_float2(d_g0 * u.x * a0.curve, d_g1 * u.y * a1.curve);
     }
 };
 
@@ -37,8 +40,9 @@ struct CmsThroughScaledErrors {
     static constexpr CmsResult kResult = CmsResult::wide;
     static constexpr bool kLeftTurned = false, kRightTurned = false;
     const CmsChunk<E>& c;
-    const int layer;
+    const RowMajor<float> d_s;
 
+    DEVICE CmsThroughScaledErrors(const CmsChunk<E>& chunk, int) : c(chunk), d_s(c.d_s()) {}
     DEVICE bool wanted() const { return c.learns(); }
     template <class Block>
     DEVICE void multiply(Block& block) const {
@@ -46,7 +50,7 @@ struct CmsThroughScaledErrors {
                    Factors<E>{c.d_u(), c.weights(1), c.hidden_dim()}});
     }
     DEVICE void leave(int t, int d, float x, float y) const {
-        pair_at(c.d_s().at(t, d)) = make_float2(x, y);
+        pair_at(d_s.at(t, d)) = make_float2(x, y);
     }
 };
 
@@ -56,20 +60,24 @@ struct CmsThroughActivated {
     static constexpr CmsResult kResult = CmsResult::hidden;
     static constexpr bool kLeftTurned = false, kRightTurned = true;
     const CmsChunk<E>& c;
-    const int layer;
+    const RowMajor<E> z, d_z;
+    const RowMajor<float> parked;
+    const bool learned;
 
+    DEVICE CmsThroughActivated(const CmsChunk<E>& chunk, int)
+        : c(chunk), z(c.z()), d_z(c.d_z()), parked(c.parked()), learned(c.learns()) {}
     DEVICE bool wanted() const { return true; }
     template <class Block>
     DEVICE void multiply(Block& block) const {
-        block.add({Factors<E>{c.s(), c.lesson(1), c.learns() ? c.dim() : 0},
+        block.add({Factors<E>{c.s(), c.lesson(1), learned ? c.dim() : 0},
                    Factors<E>{c.d_y(), c.weights(1), c.dim()}});
     }
     DEVICE void leave(int t, int f, float d_h0, float d_h1) const {
-        const float2 z = unpack<E>(pair_at(c.z().at(t, f)));
-        float2 d_z = c.learns() ? pair_at(c.parked().at(t, f)) : make_float2(0, 0);
-        d_z.x += d_h0 * activate(c.p.activation, z.x).slope;
-        d_z.y += d_h1 * activate(c.p.activation, z.y).slope;
-        pair_at(c.d_z().at(t, f)) = pack<E>(d_z.x, d_z.y);
+        const float2 at = unpack<E>(pair_at(z.at(t, f)));
+        float2 sum = learned ? pair_at(parked.at(t, f)) : make_float2(0, 0);
+        sum.x += d_h0 * activate(c.p.activation, at.x).slope;
+        sum.y += d_h1 * activate(c.p.activation, at.y).slope;
+        pair_at(d_z.at(t, f)) = pack<E>(sum.x, sum.y);
     }
 };
 
@@ -79,8 +87,11 @@ struct CmsThroughInput {
     static constexpr CmsResult kResult = CmsResult::wide;
     static constexpr bool kLeftTurned = false, kRightTurned = true;
     const CmsChunk<E>& c;
-    const int layer;
+    const RowMajor<E> d_y, d_x;
+    const float sign;
 
+    DEVICE CmsThroughInput(const CmsChunk<E>& chunk, int)
+        : c(chunk), d_y(c.d_y()), d_x(c.tokens(c.p.d_x)), sign(c.sign()) {}
     DEVICE bool wanted() const { return true; }
     template <class Block>
     DEVICE void multiply(Block& block) const {
@@ -89,10 +100,10 @@ struct CmsThroughInput {
     }
     DEVICE void leave(int t, int d, float x, float y) const {
         if (c.p.residual) {
-            const float2 d_y = unpack<E>(pair_at(c.d_y().at(t, d)));
-            x += d_y.x, y += d_y.y;
+            const float2 past = unpack<E>(pair_at(d_y.at(t, d)));
+            x += past.x, y += past.y;
         }
-        pair_at(c.tokens(c.p.d_x).at(t, d)) = pack<E>(c.sign() * x, c.sign() * y);
+        pair_at(d_x.at(t, d)) = pack<E>(sign * x, sign * y);
     }
 };
 
@@ -104,29 +115,41 @@ struct CmsThroughWeights {
     static constexpr bool kLeftTurned = true, kRightTurned = false;
     const CmsChunk<E>& c;
     const int layer;
+    const bool learned;
+    const float sign, keep;
+    const float* const lesson;
+    float *const d_weights, *const d_pending;  // the latter where not null
+    E* const rounded;                          // the next lesson, where not null
 
+    DEVICE CmsThroughWeights(const CmsChunk<E>& chunk, int of_layer)
+        : c(chunk),
+          layer(of_layer),
+          learned(c.learns()),
+          sign(c.sign()),
+          keep(c.complete ? c.keep() : 1),
+          lesson(c.lesson_at(layer)),
+          d_weights(c.of_sequence(c.p.d_weights, layer)),
+          d_pending(c.of.chunk == 0 ? c.of_sequence(c.p.d_pending, layer) : nullptr),
+          rounded(CmsLaunch<E>::kRounds && c.of.chunk > 0
+                      ? c.of_state(c.of.scratch.lesson, 0, layer)
+                      : nullptr) {}
     DEVICE bool wanted() const { return true; }
     template <class Block>
     DEVICE void multiply(Block& block) const {
         block.add({layer ? Factors<E>{c.h(), c.d_y(), c.rows} : Factors<E>{c.x(), c.d_z(), c.rows},
-                   Factors<E>{c.d_u(), c.s(), layer && c.learns() ? c.rows : 0}});
+                   Factors<E>{c.d_u(), c.s(), layer && learned ? c.rows : 0}});
     }
     DEVICE void leave(int row, int column, float x, float y) const {
         const int64_t place = static_cast<int64_t>(row) * c.columns_of(layer) + column;
-        const float sign = c.sign();
-        float* const d_pending = c.of.chunk == 0 ? c.of_sequence(c.p.d_pending, layer) : nullptr;
         if (d_pending) {
-            const float2 q = c.learns() ? pair_at(c.lesson_at(layer) + place) : make_float2(0, 0);
+            const float2 q = learned ? pair_at(lesson + place) : make_float2(0, 0);
             pair_at(d_pending + place) = make_float2(sign * q.x, sign * q.y);
         }
-        float2& d_w = pair_at(c.of_sequence(c.p.d_weights, layer) + place);
-        const float keep = c.complete ? c.keep() : 1;
-        const float x1 = keep * d_w.x + sign * x, y1 = keep * d_w.y + sign * y;
-        d_w = make_float2(x1, y1);
-        if constexpr (CmsLaunch<E>::kRounds)
-            if (c.of.chunk > 0) pair_at(of_lesson() + place) = pack<E>(x1, y1);
+        float2& d_w = pair_at(d_weights + place);
+        const float2 result = make_float2(keep * d_w.x + sign * x, keep * d_w.y + sign * y);
+        d_w = result;
+        if (rounded) pair_at(rounded + place) = pack<E>(result.x, result.y);
     }
-    DEVICE E* of_lesson() const { return c.of_state(c.of.scratch.lesson, 0, layer); }
 };
 
 }  // namespace hope

@@ -28,10 +28,12 @@ __global__ void __launch_bounds__(kCmsThreads)
     const CmsChunk<E> c(of, static_cast<int>(blockIdx.x) / of.blocks);
     const bool for_all = of.chunk == 0 && of.one_start;
     if (!for_all && !c.exists()) return;
+    const float *const first = c.weights_at(of.chunk, 0), *const second = c.weights_at(of.chunk, 1);
+    E* const rounded = c.rounded_at(of.chunk, 0);  // both layers
     for_state_pairs(of, static_cast<int>(blockIdx.x) % of.blocks,
-                    [&](int layer, int64_t place, int64_t) {
-                        const float2 w = pair_at(c.weights_at(of.chunk, layer) + place);
-                        pair_at(c.rounded_at(of.chunk, layer) + place) = pack<E>(w.x, w.y);
+                    [&](int layer, int64_t place, int64_t all) {
+                        const float2 w = pair_at((layer ? second : first) + place);
+                        pair_at(rounded + all) = pack<E>(w.x, w.y);
                     });
 }
 
@@ -43,7 +45,11 @@ __global__ void __launch_bounds__(kCmsThreads)
     const CmsChunk<E> c(of, static_cast<int>(blockIdx.x) / of.blocks);
     const int chunks = c.in.chunks();
     const bool ends = !c.in.ends_inside_chunk();  // with a complete chunk, or none at all
-    const int64_t used = p.checkpoint_every && chunks ? (chunks - 1) / p.checkpoint_every : 0;
+    int64_t unused = 0, end = 0;                  // slots of checkpoints
+    if (p.checkpoint_every) {
+        unused = c.first_slot() + (chunks ? (chunks - 1) / p.checkpoint_every : 0);
+        end = c.end_slot();
+    }
     for_state_pairs(
         of, static_cast<int>(blockIdx.x) % of.blocks, [&](int layer, int64_t place, int64_t all) {
             if (p.keeps_state) {
@@ -57,8 +63,7 @@ __global__ void __launch_bounds__(kCmsThreads)
                 else if (chunks == 0 || ends)
                     pending = make_float2(0, 0);
             }
-            if (!p.checkpoint_every) return;
-            for (int64_t slot = c.first_slot() + used; slot < c.end_slot(); slot++)
+            for (int64_t slot = unused; slot < end; slot++)
                 pair_at(c.slot(slot) + all) = make_float2(0, 0);
         });
 }

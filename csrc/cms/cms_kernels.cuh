@@ -48,14 +48,14 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(E) == 2 ? 2 : 1)
     // Neighbouring blocks share what is larger, the columns of weights.
     const int in_column = ((of_rows ? of.most_rows : rows) + Tile - 1) / Tile;
     const int row = block % in_column * Tile, column = block / in_column * Tile;
-    const Phase<E> phase{c, layer};
+    const Phase<E> phase(c, layer);
     if (!c.exists() || row >= rows || !phase.wanted()) return;
     SharedCarver shared(dynamic_shared());
     CmsProduct<E, Phase, Tile> product(shared, row, column, rows, columns);
     phase.multiply(product);
     // Found out again, since the product wants all registers.
     const CmsChunk<E> again(of, sequence);
-    const Phase<E> end{again, layer};
+    const Phase<E> end(again, layer);
     product.for_pairs([&](int i, int j, float x, float y) { end.leave(i, j, x, y); });
 }
 
@@ -171,9 +171,9 @@ class CmsRun {
     template <template <class> class Phase>
     void product() {
         constexpr int kLarge = 128, kSmall = 64;
-        // Small tiles want more of their factors, but all multiprocessors have work.
+        // Small tiles read their factors twice as often, but keep more multiprocessors busy.
         const int64_t large = blocks_of(Phase<E>::kResult, kLarge) * of_.p.sequences;
-        if (large < multiprocessors_)
+        if (2 * large < multiprocessors_)
             product_of<Phase, kSmall>();
         else
             product_of<Phase, kLarge>();
