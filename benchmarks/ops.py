@@ -27,6 +27,7 @@ import torch
 
 from benchmarks import (
     check,
+    cms,
     conv,
     measure,
     peers,
@@ -47,6 +48,7 @@ OPERATORS = {
         titans_deep.BENCHMARK,
         selfmod.BENCHMARK,
         selfmod.LINEAR,
+        cms.BENCHMARK,
         conv.BENCHMARK,
     )
 }

@@ -88,15 +88,24 @@ def number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
-def chunk_size_of_state(of_state: object, position: Tensor, chunk_size: int) -> None:
-    """A carried state fits a call with another chunk size at a boundary of both sizes only."""
-    positive("state.chunk_size", of_state)
+def chunk_size_of_state(
+    of_state: object,
+    position: Tensor,
+    chunk_size: int,
+    state: str = "state",
+    name: str = "chunk_size",
+) -> None:
+    """A carried state fits a call with another chunk size at a boundary of both sizes only.
+
+    `state` and `name` are what the caller calls the state and its own chunk size.
+    """
+    positive(f"{state}.chunk_size", of_state)
     if of_state == chunk_size:
         return
     # The one case that looks at values on the device; a traced graph has none and refuses.
     traced = torch.compiler.is_compiling()
     if traced or ((position % chunk_size != 0) | (position % of_state != 0)).any():
         raise ValueError(
-            f"chunk_size: expected {of_state}, that of the state, which is inside a chunk"
+            f"{name}: expected {of_state}, that of the state, which is inside a chunk"
             f"{' (or may be: traced code cannot tell)' if traced else ''}, got {chunk_size}"
         )

@@ -234,7 +234,10 @@ class _Level:
         _check.tensor(f"{where}.position", state.position, (torch.int64,), device, like="x")
         _check.shape(f"{where}.position", state.position, (sequences,), "B")
         if state.chunk_size is not None:
-            _check.chunk_size_of_state(state.chunk_size, state.position, self.chunk_size)
+            name = self.name("chunk_size")
+            _check.chunk_size_of_state(
+                state.chunk_size, state.position, self.chunk_size, where, name
+            )
 
     def run(
         self,

@@ -16,6 +16,7 @@ import torch
 
 import hope_ext
 from benchmarks import (
+    cms,
     conv,
     measure,
     ops,
@@ -258,6 +259,26 @@ def test_plain_pytorch_computes_the_same_self_modifying_memory(hidden):
         return subject.forward(), *subject.call(TRAINING)()
 
     ours, plain = results(selfmod.bare(setting)), results(selfmod.bare_plain(setting))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_continuum_memory_system_has_a_benchmark(tmp_path, no_peers):
+    status, (result,) = run_ops(tmp_path, "--op", "cms", "--shape", "1,20,16,24,8")
+    assert status == 0
+    timed = {r["row"] for r in result["rows"] if "median_ms" in r}
+    assert {"reference", "plain PyTorch", "ours"} <= timed
+
+
+def test_plain_pytorch_computes_the_same_continuum_memory_system():
+    shape = dict(zip("BTDFC", (2, 20, 16, 24, 8), strict=True))
+    setting = Setting(shape, torch.float64, "cpu")
+
+    def results(subject):
+        torch.manual_seed(0)  # the output's gradient
+        return subject.forward(), *subject.call(TRAINING)()
+
+    ours, plain = results(cms.bare(setting)), results(cms.bare_plain(setting))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
 

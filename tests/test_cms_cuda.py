@@ -6,7 +6,7 @@ Their laws are those of every backend; every instance runs in tests/test_emulate
 import pytest
 import torch
 from backends import device_of
-from laws import evaluate
+from laws import evaluate, float_leaves
 from test_emulated import each_cuda_backend
 
 import hope_ext
@@ -80,6 +80,9 @@ def test_the_device_does_not_show_in_the_bits(emulated, monkeypatch, case, dtype
             assert torch.equal(a, b), f"{settings}: {name}"
 
 
+STATELESS = ("cms-whole-chunks", "cms-groups", "cms-packed-carried", "cms-within-a-chunk")
+
+
 @each_cuda_backend
 def test_a_sequences_result_does_not_depend_on_its_neighbours(backend):
     """Bit for bit, though products go over all of them at once and rows of scratch memory are dealt
@@ -105,6 +108,23 @@ def test_a_sequences_result_does_not_depend_on_its_neighbours(backend):
         (*state.weights, *state.pending), (*state_alone.weights, *state_alone.pending), strict=True
     ):
         assert torch.equal(packed[1], single[0])
+
+
+@each_cuda_backend
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) in STATELESS], ids=str)
+def test_outputs_do_not_depend_on_who_wants_the_state(backend, case):
+    """Without it a last chunk is not learned, and the weights on the way are in other memory."""
+    arguments = case.make(torch.bfloat16, device_of(backend))
+    leaves = [x.requires_grad_() for x in float_leaves(arguments)]
+    results = []
+    for return_state in (True, False):
+        out = hope_ext.cms_memory(**arguments, return_state=return_state)
+        out = out[0] if return_state else out
+        gradients = torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True)
+        results.append([out.detach(), *gradients])
+    for with_state, without in zip(*results, strict=True):
+        assert (with_state is None) == (without is None)
+        assert with_state is None or torch.equal(with_state, without)
 
 
 @each_cuda_backend

@@ -166,11 +166,16 @@ def test_refuses_states_that_do_not_fit():
             r"levels\[1\]\[0\]: expected shape \[D, F\] = \[16, 16\], got \[48, 16\]",
         ),
         ({"states": [None, 1]}, TypeError, r"states\[1\]: expected a CmsState, got int"),
+        (
+            {"chunk_sizes": [8, 12]},
+            ValueError,
+            r"chunk_sizes\[1\]: expected 16, that of the state, which is inside a chunk, got 12",
+        ),
         ({"objective": "l1"}, ValueError, "objective: expected one of 'l2', 'dot', 'teach'"),
     ],
 )
 def test_a_chain_refuses(changes, error, message):
-    arguments = cms_chain_inputs(torch.float32, "cpu")
+    arguments = cms_chain_inputs(torch.float32, "cpu", positions=[3, 8])
     for name, change in changes.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
     with pytest.raises(error, match=message):

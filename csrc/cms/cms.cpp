@@ -191,19 +191,14 @@ Forward cms(const Tensor& x, const Tensor& target, const Tensor& lr, const Tenso
         gather(x, target, lr, w1, w2, p1, p2, position, cu_seqlens,
                {chunk_size, activation, objective, decay, residual, keeps_state, checkpoint_every});
     CmsParams& p = in.params;
-    const bool may_rewrite = p.tokens > (position ? 1 : p.chunk_size);
     const Tensor y = in.empty_rows();
-    const Pair weights = in.empty_matrices(keeps_state || may_rewrite),
-               pending = in.empty_matrices(keeps_state);
+    const Pair weights = in.empty_matrices(keeps_state), pending = in.empty_matrices(keeps_state);
     Tensor checkpoints = at::empty({0}, in.states);
     if (checkpoint_every > 0) checkpoints = at::empty(checkpoint_sizes(p, x.size(0)), in.states);
     p.y = rows_of(y), p.checkpoints = checkpoints.data_ptr();
-    if (keeps_state || may_rewrite) set_matrices(p.final_weights, weights);
-    if (keeps_state) set_matrices(p.final_pending, pending);
+    if (keeps_state) set_matrices(p.final_weights, weights), set_matrices(p.final_pending, pending);
     run_forward(in);
-    if (keeps_state) return {y, weights[0], weights[1], pending[0], pending[1], checkpoints};
-    const Pair nothing = in.empty_matrices(false);
-    return {y, nothing[0], nothing[1], pending[0], pending[1], checkpoints};
+    return {y, weights[0], weights[1], pending[0], pending[1], checkpoints};
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -36,10 +36,9 @@ struct CmsParams {
     void* checkpoints;                 // [slots, 2 D F]: both matrices at some chunks' start
 
     // forward
-    TokenTensor y;                           // [B, T, D]
-    MatrixTensor final_weights[kCmsLayers];  // on the way, the chunks' weights; absent where no
-                                             // chunk can follow another and nobody wants the state
-    MatrixTensor final_pending[kCmsLayers];  // absent without keeps_state
+    TokenTensor y;                                                      // [B, T, D]
+    MatrixTensor final_weights[kCmsLayers], final_pending[kCmsLayers];  // absent without
+                                                                        // keeps_state
 
     // backward
     TokenTensor d_y;                                                        // may be absent

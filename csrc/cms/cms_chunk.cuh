@@ -38,12 +38,13 @@ template <class E>
 struct CmsScratch {
     E *h, *g, *s;      // act(Z) [F]; act'(Z), then G [F]; the errors times their rates [D]
     E* rounded;        // weights at chunks' starts
+    float* kept;       // weights at chunks' starts, computed again; of the forward's, if nobody
+                       // wants the final ones, the last chunk's
     E *z, *d_u, *d_z;  // [F]; the backward only, like all below
     E* d_y;            // [D]
     float *e, *d_s;    // [D]
     float* parked;     // [F] what reaches Z through the lesson
     E* lesson;         // the next chunk's lesson, rounded
-    float* kept;       // weights at chunks' starts, computed again
 };
 
 template <class E>
@@ -166,13 +167,17 @@ struct CmsChunk {
     // them.
     DEVICE float* weights_at(int chunk, int layer) const {
         if (chunk == 0) return of_sequence(p.weights, layer);
-        if (of.pass == CmsPass::forward) return of_sequence(p.final_weights, layer);
+        if (of.pass == CmsPass::forward) return running(layer);
         return chunk == of.first_chunk ? checkpoint(chunk, layer) : kept(chunk, layer);
     }
     // Where the weights at a later chunk's start go.
     DEVICE float* weights_to(int chunk, int layer) const {
-        return of.pass == CmsPass::forward ? of_sequence(p.final_weights, layer)
-                                           : kept(chunk, layer);
+        return of.pass == CmsPass::forward ? running(layer) : kept(chunk, layer);
+    }
+    // In the forward, what chunks have made of them.
+    DEVICE float* running(int layer) const {
+        return p.keeps_state ? of_sequence(p.final_weights, layer)
+                             : of_state(of.scratch.kept, 0, layer);
     }
     DEVICE E* rounded_at(int chunk, int layer) const {
         if (chunk == 0 && of.one_start) return of.scratch.rounded + layer * of.layer_size();

@@ -56,6 +56,8 @@ class Run {
     void forward() {
         for (int64_t n = 0; n < p.sequences; n += work.sequences) {
             begin(n, 2);
+            const Memory running = states(!p.keeps_state && chunks > 1);
+            work.kept = running.get();
             work.first_chunk = 0, work.end_chunk = chunks;
             for (work.chunk = 0; work.chunk < chunks; work.chunk++) forward_chunk();
             phase(Phase::finish);
@@ -64,9 +66,8 @@ class Run {
     void backward() {
         for (int64_t n = 0; n < p.sequences; n += work.sequences) {
             begin(n, 5);
-            const int64_t group = p.checkpoint_every, longest = least(group, chunks) - 1;
-            const Memory kept =
-                memory(most(0, longest) * work.sequences * 2 * p.dim * p.hidden_dim);
+            const int64_t group = p.checkpoint_every;
+            const Memory kept = states(most(0, least(group, chunks) - 1));
             work.kept = kept.get();
             phase(Phase::start);
             for (int64_t first = (chunks - 1) / group * group; first >= 0 && chunks;
@@ -93,6 +94,9 @@ class Run {
     // Memory for so many numbers; untouched, since phases write all that later ones read.
     Memory memory(int64_t numbers) const {
         return Memory(new char[static_cast<size_t>(numbers * use.bytes)]);
+    }
+    Memory states(int64_t count) const {  // of each sequence at work
+        return memory(count * work.sequences * 2 * p.dim * p.hidden_dim);
     }
     // Puts sequences from n on to work: as many as give all threads something to do.
     void begin(int64_t n, int64_t rows_of_each_kind) {

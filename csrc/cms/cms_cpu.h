@@ -99,8 +99,12 @@ struct CmsTask {
     // them.
     const T* weights_at(int64_t chunk, int layer) const {
         if (chunk == 0) return matrix(p.weights, layer);
-        if (w.pass == CmsPass::forward) return matrix(p.final_weights, layer);
+        if (w.pass == CmsPass::forward) return running(layer);
         return chunk == w.first_chunk ? checkpoint(chunk, layer) : kept(chunk, layer);
+    }
+    // In the forward, what chunks have made of them.
+    T* running(int layer) const {
+        return p.keeps_state ? matrix(p.final_weights, layer) : kept(1, layer);
     }
     Strided<T> weights(int layer) const {
         return as_it_lies(weights_at(w.chunk, layer), columns_of(layer));
@@ -189,7 +193,7 @@ struct CmsTask {
         const T* const before = w.chunk == 0 ? matrix(p.pending, layer) : nullptr;
         const T* const from = weights_at(w.chunk, layer);
         T* const to = !complete                    ? matrix(p.final_pending, layer)
-                      : w.pass == CmsPass::forward ? matrix(p.final_weights, layer)
+                      : w.pass == CmsPass::forward ? running(layer)
                                                    : kept(w.chunk + 1, layer);
         T* const saved = w.pass == CmsPass::forward ? checkpoint(w.chunk + 1, layer) : nullptr;
         for (int64_t i = 0; i < block.rows; i++) {

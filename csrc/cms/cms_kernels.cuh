@@ -130,14 +130,17 @@ class CmsRun {
             const bool one = of_.one_start && chunks_ == 1;
             s.rounded = carver.take<E>(one ? of_.state_size() : kept * states);
         }
-        if (!backward) return;
+        if (!backward) {
+            if (!of_.p.keeps_state && chunks_ > 1) s.kept = carver.take<float>(states);
+            return;
+        }
+        const int64_t again = std::max(group_ - 1, 0);
+        s.kept = carver.take<float>((of_.kRounds ? std::min<int64_t>(again, 1) : again) * states);
         s.z = carver.take<E>(hidden), s.d_u = carver.take<E>(hidden);
         s.d_z = carver.take<E>(hidden), s.d_y = carver.take<E>(wide);
         s.e = carver.take<float>(wide), s.d_s = carver.take<float>(wide);
         s.parked = carver.take<float>(hidden);
         if (of_.kRounds) s.lesson = carver.take<E>(states);
-        const int64_t again = std::max(group_ - 1, 0);
-        s.kept = carver.take<float>((of_.kRounds ? std::min<int64_t>(again, 1) : again) * states);
     }
 
     static unsigned grid(int64_t blocks) {

@@ -31,8 +31,9 @@ struct CmsWork {
     int64_t first_chunk, end_chunk;     // the group: from one checkpoint to the next; else all
     int64_t chunk;                      // of each sequence that has so many
     int64_t ld, lf;                     // leading dimensions of rows of D and F numbers
-    void* rows;                         // [sequences][cms_rows_size]: a chunk on its way
-    void* kept;                         // [chunks - 1][sequences][2 D F]: the group's weights
+    void* rows;                         // [sequences][2 or 5 of each kind][most_rows][ld or lf]
+    void* kept;                         // [chunks - 1][sequences][2 D F]: the group's weights; of
+                                        // the forward's, if not final_weights, [sequences][2 D F]
 };
 
 }  // namespace hope
