@@ -45,6 +45,11 @@ def operators() -> Any:
     return getattr(torch.ops, _called)
 
 
+def runs_cuda_kernels(x: torch.Tensor) -> bool:
+    """Whether what runs on this tensor are CUDA kernels: on a GPU, or in tests' other library."""
+    return _called != REFERENCE and (x.is_cuda or _called != LIBRARY)
+
+
 @contextlib.contextmanager
 def forced(called: str) -> Iterator[None]:
     """Runs the definitions, or another library's operators, inside the block (for tests)."""

@@ -16,6 +16,7 @@ from hope_ext import _check, _cms_autograd, _load
 from hope_ext.reference import cms as reference
 
 OBJECTIVES = ("l2", "dot", "teach")
+CUDA_SIZES = 16  # D and F are multiples of it there
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def cms_memory(
     Under `torch.autocast` x and target are cast to the autocast dtype, weights and lr to float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. There are no
-            CUDA kernels yet: on a GPU a ValueError says so.
+        TypeError, ValueError: naming the argument, what was expected and what came. On CUDA, D and
+            F are multiples of 16.
 
     The stability of the inner loop is the caller's concern: a chunk's gradients are all taken at
     its start and add up, so a learning rate has to shrink with the chunk's tokens and with |x|^2.
@@ -205,6 +206,8 @@ class _Level:
     def check(self, x: Tensor, sequences: int) -> None:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         _check_weights(self.name("weights"), self.weights, x, wide)
+        if _load.runs_cuda_kernels(x):
+            _check_cuda_sizes(self.name("weights"), self.weights[0], x)
         name = self.name("lr")
         _check.tensor(name, self.lr, (wide,), x.device, like="x")
         _check.shape(name, self.lr, x.shape[:2], "B T")
@@ -255,11 +258,6 @@ class _Level:
         if _load.use_reference():
             y, *after = reference.cms(*tensors, *options)
         else:
-            if x.is_cuda:
-                raise ValueError(
-                    f"x: expected a tensor on the CPU, got one on {x.device}, where cms_memory has "
-                    "no kernels yet (HOPE_REFERENCE=1 runs its definition)"
-                )
             trains = torch.is_grad_enabled() and any(
                 tensor is not None and tensor.requires_grad for tensor in tensors
             )
@@ -378,6 +376,18 @@ def _check_weights(name: str, weights: object, x: Tensor, wide: torch.dtype) -> 
     hidden = weights[0].shape[1]
     _check.shape(f"{name}[0]", weights[0], (dim, max(hidden, 1)), "D F")
     _check.shape(f"{name}[1]", weights[1], (hidden, dim), "F D")
+
+
+def _check_cuda_sizes(name: str, w1: Tensor, x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise TypeError("x: expected float32, bfloat16 or float16 on CUDA, got float64")
+    (dim, hidden), step = w1.shape, CUDA_SIZES
+    if dim % step:
+        raise ValueError(f"x: expected a size D that is a multiple of {step} on CUDA, got {dim}")
+    if hidden % step:
+        raise ValueError(
+            f"{name}: expected a hidden size that is a multiple of {step} on CUDA, got {hidden}"
+        )
 
 
 _load.register(_cms_autograd.register)

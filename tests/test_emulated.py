@@ -210,7 +210,7 @@ def unchecked_bounds(monkeypatch):
 PACKED = {
     case.stem: case
     for case in CASES
-    if str(case) in ("conv-packed", "titans-packed-long-chunks", "selfmod-packed")
+    if str(case) in ("conv-packed", "titans-packed-long-chunks", "selfmod-packed", "cms-packed")
 }
 
 

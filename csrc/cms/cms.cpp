@@ -8,8 +8,11 @@
 #include <array>
 #include <tuple>
 
-#include "common/host.h"
+#include "common/cuda_host.h"
 #include "common/library.h"
+#ifdef HOPE_WITH_CUDA
+#include "cms/cms_cuda.h"
+#endif
 
 namespace hope {
 namespace {
@@ -26,6 +29,15 @@ void set_matrices(MatrixTensor (&to)[kCmsLayers], const Pair& tensors) {
     for (int layer = 0; layer < kCmsLayers; layer++)
         if (tensors[layer].defined())
             to[layer] = {tensors[layer].data_ptr(), tensors[layer].stride(0), 0};
+}
+
+// As the kernels of the tensor's device want it.
+Tensor ready_rows(const Tensor& tensor) {
+    return on_cuda(tensor) ? with_aligned_rows(tensor) : with_contiguous_rows(tensor);
+}
+Tensor ready_matrices(const Tensor& tensor) {
+    const Tensor contiguous = with_contiguous_matrices(tensor);
+    return on_cuda(tensor) ? with_aligned_rows(contiguous) : contiguous;
 }
 
 struct Inputs {  // keeps the tensors that Params points into
@@ -46,6 +58,22 @@ struct Inputs {  // keeps the tensors that Params points into
         return matrices;
     }
 };
+
+void check_on_cuda([[maybe_unused]] const CmsParams& p, [[maybe_unused]] at::ScalarType element) {
+#ifdef HOPE_WITH_CUDA
+    TORCH_CHECK_TYPE(element != at::kDouble,
+                     "x: expected float32, bfloat16 or float16 on CUDA, got float64");
+    TORCH_CHECK_VALUE(p.dim % kCmsSizesOnCuda == 0, "x: expected a size D that is a multiple of ",
+                      kCmsSizesOnCuda, " on CUDA, got ", p.dim);
+    TORCH_CHECK_VALUE(p.hidden_dim % kCmsSizesOnCuda == 0,
+                      "weights: expected a hidden size that is a multiple of ", kCmsSizesOnCuda,
+                      " on CUDA, got ", p.hidden_dim);
+    TORCH_CHECK_VALUE(p.tokens <= kMostCmsTokensOnCuda, "x: expected at most ",
+                      kMostCmsTokensOnCuda, " tokens on CUDA, got ", p.tokens);
+    TORCH_CHECK_VALUE(p.chunk_size < int64_t{1} << 31, "chunk_size: expected less than 2**31, got ",
+                      p.chunk_size);
+#endif
+}
 
 struct Options {
     int64_t chunk_size;
@@ -85,12 +113,12 @@ Inputs gather(const Tensor& x, const Tensor& target, const Tensor& lr, const Ten
                           ", got ", tensor.device());
         return tensor;
     };
+    if (on_cuda(x)) check_on_cuda(p, element);
     auto matrices = [&](const char* name, const Tensor& first, const Tensor& second) {
-        return Pair{with_contiguous_matrices(check(name, first, in.sizes_of(0), state)),
-                    with_contiguous_matrices(check(name, second, in.sizes_of(1), state))};
+        return Pair{ready_matrices(check(name, first, in.sizes_of(0), state)),
+                    ready_matrices(check(name, second, in.sizes_of(1), state))};
     };
-    in.x = with_contiguous_rows(x);
-    in.target = with_contiguous_rows(check("target", target, x.sizes(), element));
+    in.x = ready_rows(x), in.target = ready_rows(check("target", target, x.sizes(), element));
     in.lr = check("lr", lr, x.sizes().slice(0, 2), state);
     in.weights = matrices("w1, w2", w1, w2);
     TORCH_CHECK_VALUE(p1.has_value() == p2.has_value(), "p1, p2: expected both or none");
@@ -116,6 +144,42 @@ std::array<int64_t, 2> checkpoint_sizes(const CmsParams& p, int64_t batch) {
     return {cms_checkpoint_slots(p, batch * p.tokens), 2 * p.dim * p.hidden_dim};
 }
 
+#ifdef HOPE_WITH_CUDA
+Tensor cuda_scratch(const Inputs& in, int64_t bytes) {
+    return at::empty({bytes}, in.x.options().dtype(at::kByte));
+}
+#endif
+
+void run_forward(const Inputs& in) {
+    const CmsParams& p = in.params;
+#ifdef HOPE_WITH_CUDA
+    if (on_cuda(in.x)) {
+        const CudaScope scope(in.x);
+        const Tensor scratch = cuda_scratch(in, cms_fwd_cuda_scratch(p));
+        cms_fwd_cuda(p, scratch.data_ptr(), scope.stream());
+        return;
+    }
+#endif
+#ifndef HOPE_EMULATED
+    cms_fwd_cpu(p, parallel_for);
+#endif
+}
+
+void run_backward(const Inputs& in) {
+    const CmsParams& p = in.params;
+#ifdef HOPE_WITH_CUDA
+    if (on_cuda(in.x)) {
+        const CudaScope scope(in.x);
+        const Tensor scratch = cuda_scratch(in, cms_bwd_cuda_scratch(p));
+        cms_bwd_cuda(p, scratch.data_ptr(), scope.stream());
+        return;
+    }
+#endif
+#ifndef HOPE_EMULATED
+    cms_bwd_cpu(p, parallel_for);
+#endif
+}
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward cms(const Tensor& x, const Tensor& target, const Tensor& lr, const Tensor& w1,
@@ -133,9 +197,7 @@ Forward cms(const Tensor& x, const Tensor& target, const Tensor& lr, const Tenso
     if (checkpoint_every > 0) checkpoints = at::empty(checkpoint_sizes(p, x.size(0)), in.states);
     p.y = rows_of(y), p.checkpoints = checkpoints.data_ptr();
     if (keeps_state) set_matrices(p.final_weights, weights), set_matrices(p.final_pending, pending);
-#ifndef HOPE_EMULATED
-    cms_fwd_cpu(p, parallel_for);
-#endif
+    run_forward(in);
     return {y, weights[0], weights[1], pending[0], pending[1], checkpoints};
 }
 
@@ -168,12 +230,13 @@ Backward cms_backward(const optional<Tensor>& d_y, const optional<Tensor>& d_w1,
         for (int layer = 0; layer < kCmsLayers; layer++) {
             checked[layer] = checked_gradient(name, layer ? second : first, in.sizes_of(layer),
                                               accumulation_of(x), x.device());
-            if (!checked[layer].defined())
-                checked[layer] = at::zeros(in.sizes_of(layer), in.states);
+            checked[layer] = checked[layer].defined() ? ready_matrices(checked[layer])
+                                                      : at::zeros(in.sizes_of(layer), in.states);
         }
         return checked;
     };
-    const Tensor from_y = checked_gradient("d_y", d_y, x.sizes(), x.scalar_type(), x.device());
+    Tensor from_y = checked_gradient("d_y", d_y, x.sizes(), x.scalar_type(), x.device());
+    if (from_y.defined()) from_y = ready_rows(from_y);
     const Pair from_weights = of_states("d_w1, d_w2", d_w1, d_w2),
                from_pending = of_states("d_p1, d_p2", d_p1, d_p2);
     p.d_y = rows_of(from_y);
@@ -185,16 +248,14 @@ Backward cms_backward(const optional<Tensor>& d_y, const optional<Tensor>& d_w1,
     p.d_x = rows_of(d_x), p.d_target = rows_of(d_target), p.d_lr = rows_of(d_lr);
     set_matrices(p.d_weights, d_weights);
     if (p1) set_matrices(p.d_pending, d_pending);
-#ifndef HOPE_EMULATED
-    cms_bwd_cpu(p, parallel_for);
-#endif
+    run_backward(in);
     return {d_x, d_target, d_lr, d_weights[0], d_weights[1], d_pending[0], d_pending[1]};
 }
 
 }  // namespace
 }  // namespace hope
 
-HOPE_CPU_OPERATORS(library) {
+HOPE_OPERATORS(library) {
     library.impl("cms", &hope::cms);
     library.impl("cms_backward", &hope::cms_backward);
 }

@@ -2,6 +2,7 @@
 // for one chunk of each of some sequences.
 #pragma once
 #include "cms/cms.h"
+#include "cms/cms_pass.h"
 
 namespace hope {
 
@@ -20,12 +21,6 @@ enum class CmsPhase {
     activated,      // d_H = S Q2^T + d_Y W2^T
     input,          // d_X = G Q1^T + d_Z W1^T
     weights,        // both matrices' gradients before the chunk
-};
-
-enum class CmsPass {
-    forward,
-    again,    // forward within a group of chunks, for the backward: weights alone
-    backward  // of one chunk
 };
 
 // Matrices of rows that a chunk needs on its way: so many [rows][ld] and so many [rows][lf].

@@ -5,8 +5,7 @@
 //     state_matrices(p)        how many matrices a state's weights are (or its momenta)
 //     floats_of_layer(p, i)    numbers of such a matrix as it lies
 #pragma once
-#include <stdexcept>
-
+#include "common/for_element.cuh"
 #include "common/layers.cuh"
 
 namespace hope {
@@ -151,22 +150,6 @@ void LayerKernels<E, Kernel, Params>::run(const Params& p, void* scratch, void* 
         launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLayerThreads), plan.shared_bytes,
                static_cast<cudaStream_t>(stream), p, memory);
     });
-}
-
-// body(Type<E>) for the params' dtype.
-template <class Body>
-auto for_element(Element element, const Body& body) {
-    switch (element) {
-        case Element::float32:
-            return body(Type<float>());
-        case Element::bfloat16:
-            return body(Type<bf16>());
-        case Element::float16:
-            return body(Type<fp16>());
-        case Element::float64:
-            break;
-    }
-    throw std::invalid_argument("no CUDA kernel for float64");
 }
 
 }  // namespace hope

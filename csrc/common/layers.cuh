@@ -11,6 +11,7 @@
 //   ByFeature [F][tokens]       of a hidden dimension, as products leave them
 //   Square    [tokens][tokens]  scores and the like, lower triangles
 #pragma once
+#include "common/activation.cuh"
 #include "common/recurrence.cuh"
 #include "common/sequence.cuh"
 
@@ -293,26 +294,6 @@ DEVICE void for_pairs(Accumulator<Tiles>& sums, int slice, int token, const Body
         for (int half = 0; half < 2; half++)
             body(slice + lane / 4 + half * 8, token + tile * 8 + lane % 4 * 2, sums[tile][half * 2],
                  sums[tile][half * 2 + 1]);
-}
-
-// ---- activations -------------------------------------------------------------------------------
-
-struct Activated {
-    float value, slope, curve;  // act, act', act''
-};
-
-// z s(g(z)) with the sigmoid s: docs/derivations.md.
-DEVICE Activated activate(Activation activation, float z) {
-    float g = z, slope = 1, curve = 0;
-    if (activation == Activation::gelu) {
-        constexpr float kScale = 1.5957691216057308f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
-        g = kScale * (z + kCubic * z * z * z);
-        slope = kScale * (1 + 3 * kCubic * z * z);
-        curve = kScale * 6 * kCubic * z;
-    }
-    const float s = 1 / (1 + expf(-g)), spread = s / (1 + expf(g));  // s (1 - s)
-    const float s1 = spread * slope;
-    return {z * s, s + z * s1, 2 * s1 + z * (s1 * (1 - 2 * s) * slope + spread * curve)};
 }
 
 }  // namespace hope

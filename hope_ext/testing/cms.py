@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import hope_ext
+from hope_ext.cms import CUDA_SIZES
 from hope_ext.testing.case import Case
 
 
@@ -20,7 +21,7 @@ def cms_inputs(
     batch: int = 2,
     tokens: int = 37,
     dim: int = 16,
-    hidden: int = 24,
+    hidden: int = 32,
     chunk_size: int = 16,
     rate: float = 0.5,
     activation: str = "gelu",
@@ -60,7 +61,7 @@ def cms_chain_inputs(
     batch: int = 2,
     tokens: int = 37,
     dim: int = 16,
-    hidden: Sequence[int] = (24, 40),
+    hidden: Sequence[int] = (32, 48),
     chunk_sizes: Sequence[int] = (8, 16),
     positions: list[int] | None = None,
     seed: int = 0,
@@ -131,14 +132,20 @@ def cms_flops(tokens: int, dim: int, hidden: int, *, learned: int) -> dict[str, 
     }
 
 
+def _on_cuda(*sizes: int) -> bool:
+    return all(size % CUDA_SIZES == 0 for size in sizes)
+
+
 def _cms(name: str, *, tiny: bool = False, **options: Any) -> Case:
+    cuda = _on_cuda(options.get("dim", 16), options.get("hidden", 32))
     make = functools.partial(cms_inputs, **options)
-    return Case("cms", name, hope_ext.cms_memory, make, tiny, cuda=False)
+    return Case("cms", name, hope_ext.cms_memory, make, tiny, cuda=cuda)
 
 
 def _chain(name: str, *, tiny: bool = False, **options: Any) -> Case:
+    cuda = _on_cuda(options.get("dim", 16), *options.get("hidden", (32, 48)))
     make = functools.partial(cms_chain_inputs, **options)
-    return Case("cms", name, hope_ext.cms_chain, make, tiny, cuda=False)
+    return Case("cms", name, hope_ext.cms_chain, make, tiny, cuda=cuda)
 
 
 _TINY: dict[str, Any] = {"batch": 1, "tokens": 5, "dim": 3, "hidden": 4, "chunk_size": 2}
@@ -175,10 +182,12 @@ CASES: tuple[Case, ...] = (
     _cms("groups-teach", tokens=77, chunk_size=3, objective="teach"),
     _cms("odd-sizes", batch=3, dim=5, hidden=7),
     _cms("one-wide", dim=1, hidden=1, rate=0.1),  # all tokens are alike
-    _cms("narrow", dim=32, hidden=8),
-    # More than one block of a product in rows, columns and depth; see csrc/common/product_cpu.h.
-    _cms("blocks", batch=1, tokens=290, chunk_size=140, dim=72, hidden=270),
-    _cms("blocks-wide", batch=1, tokens=19, chunk_size=9, dim=270, hidden=140, objective="dot"),
+    _cms("narrow", dim=32, hidden=16),
+    # More than one block of a product in rows, columns and depth; see csrc/common/product_cpu.h and
+    # product.cuh.
+    _cms("blocks", batch=1, tokens=290, chunk_size=140, dim=80, hidden=272),
+    _cms("blocks-wide", batch=1, tokens=19, chunk_size=9, dim=272, hidden=144, objective="dot"),
+    _cms("odd-blocks", batch=1, tokens=149, chunk_size=140, dim=72, hidden=270),
     _cms("many", batch=70, tokens=5, dim=4, hidden=3, chunk_size=2, rate=0.2),
     _cms("carried", positions=[5, 16]),
     _cms("carried-dot", positions=[15, 33], objective="dot"),
@@ -195,7 +204,7 @@ CASES: tuple[Case, ...] = (
     _cms("packed-tiny", tiny=True, **_TINY, bounds=[0, 1, 5], positions=[1, 0]),
     _cms("packed-nothing", batch=1, tokens=0, bounds=[0]),
     _chain("chain"),
-    _chain("chain-of-3", hidden=(24, 8, 16), chunk_sizes=(4, 8, 8), positions=[5, 8]),
+    _chain("chain-of-3", hidden=(32, 16, 16), chunk_sizes=(4, 8, 8), positions=[5, 8]),
     _chain("chain-tiny", tiny=True, batch=1, tokens=5, dim=3, hidden=(4, 2), chunk_sizes=(1, 3),
            positions=[2]),
 )  # fmt: skip

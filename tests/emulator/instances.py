@@ -82,6 +82,11 @@ _newton_schulz = functools.partial(
 _multifreq = functools.partial(_without_derivative, stepped, testing.multifreq_inputs, "multifreq")
 
 
+def _cms(name: str, **options) -> Case:
+    make = functools.partial(testing.cms_inputs, **options)
+    return Case("cms", name, hope_ext.cms_memory, make)
+
+
 def instances() -> Iterator[Instance]:
     yield from _of_optimizers()
     for dtype in NARROW:
@@ -129,6 +134,7 @@ def instances() -> Iterator[Instance]:
             )
         yield from _networks(dtype)
         yield from _selfmods(dtype)
+        yield from _continuum_memories(dtype)
         for width in (2, 3, 4, 1, 5, 9, 64):
             packed = {"batch": 1, "tokens": 45, "bounds": [0, 2, 2, 17, 45]}
             yield Instance(_conv(f"width-{width}", width=width, channels=20, **packed), dtype, {})
@@ -232,6 +238,34 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
             {},
             False,
         )
+
+
+def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
+    """Continuum memories: on devices where products are made in large tiles, or in small ones."""
+    one = {"batch": 1}
+    for size, device in (("large", BUSY), ("small", IDLE)):
+        # Several tiles in all directions and steps along all depths; the last chunk is partial.
+        yield Instance(
+            _cms(f"tiles-{size}", **one, tokens=208, dim=144, hidden=160, chunk_size=140),
+            dtype,
+            device,
+        )
+        # Sequences that are empty, that end in the chunk they begin in, or just where one ends.
+        packed = {"bounds": [0, 3, 3, 20, 36, 75], "positions": [12, 4, 31, 16, 7]}
+        for objective in ("l2", "teach"):
+            yield Instance(
+                _cms(f"packed-{objective}-{size}", **one, tokens=75, objective=objective, **packed),
+                dtype,
+                device,
+            )
+        yield Instance(
+            _cms(f"alone-{size}", tokens=37, objective="dot", activation="silu", residual=False),
+            dtype,
+            device,
+        )
+        # Weights are kept at every third chunk or so: several groups to go over.
+        yield Instance(_cms(f"groups-{size}", tokens=23, chunk_size=3), dtype, device)
+    yield Instance(_cms("step", batch=4, tokens=1, positions=[0, 3, 14, 15]), dtype, {}, False)
 
 
 def check(

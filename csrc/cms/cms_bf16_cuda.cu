@@ -1,0 +1,8 @@
+// The continuum memory system on CUDA: the kernels for bfloat16. cms_kernels.cuh has the dataflow.
+#include "cms/cms_kernels.cuh"
+
+namespace hope {
+
+template struct CmsKernels<bf16>;
+
+}  // namespace hope
