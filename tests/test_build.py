@@ -105,6 +105,7 @@ TENSOR_CORE_KERNELS = {
     "titans_linear_tokens_kernel",
     "titans_network_fwd_kernel",
     "titans_network_bwd_kernel",
+    "newton_schulz_product_kernel",
 }
 MMA = {"float": "TF32", "__nv_bfloat16": "BF16", "__half": "F32"}  # how SASS names the operands
 
