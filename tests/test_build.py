@@ -108,6 +108,7 @@ TENSOR_CORE_KERNELS = {
     "selfmod_fwd_kernel",
     "selfmod_bwd_kernel",
     "cms_product_kernel",
+    "newton_schulz_product_kernel",
 }
 MMA = {"float": "TF32", "__nv_bfloat16": "BF16", "__half": "F32"}  # how SASS names the operands
 

@@ -51,7 +51,7 @@ DEVICE double sum_of_block(double x) {
 
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    newton_schulz_squares(const E* g, int64_t count, int parts, double* squares) {
+    newton_schulz_squares_kernel(const E* g, int64_t count, int parts, double* squares) {
     const Share share(count, parts);
     const E* const from = g + share.matrix * count;
     double sum = 0;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads)
 // X, with zeros after the columns of a row.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    newton_schulz_normalise(const E* g, int64_t columns, int parts, const double* squares,
-                            double eps, Matrices<E> x) {
+    newton_schulz_normalise_kernel(const E* g, int64_t columns, int parts, const double* squares,
+                                   double eps, Matrices<E> x) {
     const Share share(x.elements(), parts);
     double square = 0;
     for (int i = 0; i < parts; i++) square += squares[share.matrix * parts + i];
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    newton_schulz_store(Matrices<E> x, int64_t columns, int parts, E* out) {
+    newton_schulz_store_kernel(Matrices<E> x, int64_t columns, int parts, E* out) {
     const Share share(x.rows * columns, parts);
     const E* const from = x.at(share.matrix);
     E* const to = out + share.matrix * x.rows * columns;
@@ -127,7 +127,7 @@ void multiply_all(Product<E> p, int64_t columns, int64_t batch, cudaStream_t str
     p.across = static_cast<int>(across);
     p.blocks = static_cast<int>(p.symmetric ? down * (down + 1) / 2 : down * across);
     const size_t bytes = ProductLayout<E, kLeftAcross, kRightAcross>(SharedCarver(nullptr)).bytes;
-    launch(newton_schulz_product<E, kLeftAcross, kRightAcross>,
+    launch(newton_schulz_product_kernel<E, kLeftAcross, kRightAcross>,
            static_cast<unsigned>(p.blocks * batch), kThreads, bytes, stream, p);
 }
 
@@ -137,9 +137,9 @@ void run(const NewtonSchulzParams& p, cudaStream_t stream) {
     const int parts = parts_of(p);
     const unsigned blocks = static_cast<unsigned>(p.batch * parts);
     const E* const g = static_cast<const E*>(p.g);
-    launch(newton_schulz_squares<E>, blocks, kThreads, 0, stream, g, p.rows * p.columns, parts,
-           buffers.squares);
-    launch(newton_schulz_normalise<E>, blocks, kThreads, 0, stream, g, p.columns, parts,
+    launch(newton_schulz_squares_kernel<E>, blocks, kThreads, 0, stream, g, p.rows * p.columns,
+           parts, buffers.squares);
+    launch(newton_schulz_normalise_kernel<E>, blocks, kThreads, 0, stream, g, p.columns, parts,
            buffers.squares, p.eps, buffers.x[0]);
     const int side = static_cast<int>(shorter_side(p)),
               longer = static_cast<int>(p.rows + p.columns) - side;
@@ -162,8 +162,8 @@ void run(const NewtonSchulzParams& p, cudaStream_t stream) {
             multiply_all<false, true>(update, p.columns, p.batch, stream);
         }
     }
-    launch(newton_schulz_store<E>, blocks, kThreads, 0, stream, buffers.x[p.steps % 2], p.columns,
-           parts, static_cast<E*>(p.out));
+    launch(newton_schulz_store_kernel<E>, blocks, kThreads, 0, stream, buffers.x[p.steps % 2],
+           p.columns, parts, static_cast<E*>(p.out));
 }
 
 }  // namespace

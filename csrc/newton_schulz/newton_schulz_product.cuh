@@ -132,7 +132,7 @@ DEVICE void write_block(const Product<E>& p, int64_t matrix, const float* stage,
 
 template <class E, bool kLeftAcross, bool kRightAcross>
 __global__ void __launch_bounds__(kThreads, sizeof(E) == 2 ? 2 : 1)
-    newton_schulz_product(Product<E> p) {
+    newton_schulz_product_kernel(Product<E> p) {
     using Layout = ProductLayout<E, kLeftAcross, kRightAcross>;
     using LeftSlab = typename Layout::LeftSlab;
     using RightSlab = typename Layout::RightSlab;
