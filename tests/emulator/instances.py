@@ -125,6 +125,10 @@ def instances() -> Iterator[Instance]:
         yield Instance(
             _titans("stretches-32x16", batch=2, tokens=66, key=32, chunk_size=4), dtype, {}
         )
+        # Chunks of several whole segments, the last one too.
+        for key in (32, 128):
+            whole = {"batch": 1, "heads": 1, "tokens": 192, "chunk_size": 64, "key": key}
+            yield Instance(_titans(f"whole-{key}x16", **whole), dtype, BUSY)
         for read in ("before", "chunk"):
             plain = {"momentum": False, "decay": False, "objective": "dot", "read": read}
             yield Instance(
