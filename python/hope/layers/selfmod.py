@@ -112,7 +112,7 @@ class SelfModifyingMemory(nn.Module):
         o, memory = hope_ext.self_modifying_memory(
             _INPUT_LENGTH * inputs,
             q,
-            self.start(),
+            self.start() if state is None else self._unlimited(),  # a state has taken their place
             self.lr_bias,
             self.retention_bias,
             state=None if state is None else state.memory,
@@ -145,3 +145,6 @@ class SelfModifyingMemory(nn.Module):
                 for name, (w1, w2) in self.memories.items()
             }
         )
+
+    def _unlimited(self) -> hope_ext.SelfModifyingWeights:
+        return hope_ext.SelfModifyingWeights(**{n: tuple(w) for n, w in self.memories.items()})
