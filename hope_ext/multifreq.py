@@ -108,10 +108,9 @@ def _check_tensors(params, grads, pending, exp_avgs, exp_avg_sqs, periods, rule)
     expected = [("grads", grads, dtypes), ("pending", pending, state_dtypes)]
     if rule == "adamw":
         expected += [(name, values, state_dtypes) for name, values in moments.items()]
-    seen: dict[int, int] = {}
+    if not torch.compiler.is_compiling():  # traced code has no identities
+        _check_each_once(params)
     for i, parameter in enumerate(params):
-        if (before := seen.setdefault(id(parameter), i)) != i:
-            raise ValueError(f"params[{i}]: expected each parameter once, got params[{before}]")
         _check.positive(f"periods[{i}]", periods[i])
         # The first decides whether all are float64, and where.
         _check.tensor(
@@ -131,6 +130,13 @@ def _check_tensors(params, grads, pending, exp_avgs, exp_avg_sqs, periods, rule)
                     f"{name}[{i}]: expected shape {list(shape)}, that of its parameter, got "
                     f"{list(value.shape)}"
                 )
+
+
+def _check_each_once(params) -> None:
+    seen: dict[int, int] = {}
+    for i, parameter in enumerate(params):
+        if (before := seen.setdefault(id(parameter), i)) != i:
+            raise ValueError(f"params[{i}]: expected each parameter once, got params[{before}]")
 
 
 # ---- fake kernel ---------------------------------------------------------------------------------

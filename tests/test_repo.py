@@ -231,7 +231,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def test_no_file_holds_two_ideas():
-    data = (".json", ".jsonl", ".csv", ".txt")
+    data = (".json", ".jsonl", ".csv", ".txt", ".svg")
     long = {
         file: lines
         for file, text in texts()
