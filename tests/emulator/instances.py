@@ -61,8 +61,16 @@ def _titans(name: str, **options) -> Case:
     return Case("titans", name, hope_ext.titans_memory, make)
 
 
-def _conv(name: str, **options) -> Case:
-    make = functools.partial(testing.conv_inputs, tail=True, **options)
+def _shifted_inputs(*args, **options) -> dict:
+    """Rows of fours that begin where four elements cannot be loaded at once; no stride tells."""
+    arguments = testing.conv_inputs(*args, **options)
+    x = arguments["x"]
+    arguments["x"] = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    return arguments
+
+
+def _conv(name: str, inputs=testing.conv_inputs, **options) -> Case:
+    make = functools.partial(inputs, tail=True, **options)
     return Case("conv", name, hope_ext.causal_conv, make, everything="return_tail")
 
 
@@ -146,7 +154,10 @@ def instances() -> Iterator[Instance]:
             yield Instance(
                 _conv(f"blocks-{width}", width=width, batch=1, tokens=140, channels=132), dtype, {}
             )
+        # As many segments as one block has, not one less.
+        yield Instance(_conv("whole-block", batch=1, tokens=128, channels=20), dtype, {})
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
+        yield Instance(_conv("shifted", _shifted_inputs, batch=2, tokens=19, channels=8), dtype, {})
 
 
 def _of_optimizers() -> Iterator[Instance]:
