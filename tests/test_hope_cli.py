@@ -53,14 +53,14 @@ def refused(capsys, arguments):
 def test_train_says_what_it_does_and_where_the_files_are(train, tmp_path, capsys):
     assert train() == 0
     out = capsys.readouterr().out
-    assert re.search(r"model  tiny: \d\.\d\d M parameters, on cpu", out)
+    assert re.search(r"model  hope-tiny: \d\.\d\d M parameters, on cpu", out)
     assert "text.txt (1 file): " in out
     assert "budget 3 steps of 64 bytes (192 in all)" in out
     assert re.search(r"validation: \d+\.\d{4} bits per byte after 192 bytes", out)
     assert "a sample:" in out
     for path in ("metrics.jsonl", "loss.png", "sample.txt", "checkpoints/step-00000003"):
-        assert f"runs/tiny/{path}" in out
-        assert (tmp_path / "runs" / "tiny" / path).exists()
+        assert f"runs/hope-tiny/{path}" in out
+        assert (tmp_path / "runs" / "hope-tiny" / path).exists()
 
 
 @pytest.mark.parametrize("name", ["tiny-deep", "tiny-mac", "tiny-mag", "tiny-mal", "hope-tiny"])
@@ -83,10 +83,14 @@ def test_every_variant_learns_and_writes(text, tmp_path, capsys, name):
 def test_every_new_run_gets_a_directory_and_resume_finds_the_latest(train, tmp_path, capsys):
     for _ in range(3):
         assert train() == 0
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2", "tiny-3"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "hope-tiny",
+        "hope-tiny-2",
+        "hope-tiny-3",
+    }
     capsys.readouterr()
     assert main(["train", "--resume"]) == 0
-    assert "out    runs/tiny-3, continued after step 3" in capsys.readouterr().out
+    assert "out    runs/hope-tiny-3, continued after step 3" in capsys.readouterr().out
 
 
 def test_a_named_directory_is_not_written_over(train, capsys):
@@ -104,7 +108,9 @@ def test_a_resumed_run_keeps_its_settings(train, capsys):
     assert "these differ: train.tokens (192 in the run" in refused(
         capsys, [*resume, "--steps", "9"]
     )
-    assert "a run of preset 'tiny', not '125m'" in refused(capsys, [*resume, "--preset", "125m"])
+    assert "a run of preset 'hope-tiny', not '125m'" in refused(
+        capsys, [*resume, "--preset", "125m"]
+    )
     assert train("--out", "mine", "--resume") == 0  # the same settings once more
 
 
@@ -117,7 +123,7 @@ def test_a_resumed_run_keeps_its_settings(train, capsys):
         (["train", "--data", "short.txt"], "too little text"),
         (["train", "--set", "model.dims=3"], "there is no setting 'model.dims'"),
         (["train", "--set", "train.lr=fast"], "train.lr must be of type float, not 'fast'"),
-        (["train", "--resume"], "no such run or checkpoint: runs/tiny"),
+        (["train", "--resume"], "no such run or checkpoint: runs/hope-tiny"),
         (["generate", "runs/absent"], "no such run or checkpoint: runs/absent"),
         (["generate", "."], "there is no checkpoint in ."),
     ],
@@ -152,7 +158,7 @@ def test_a_wrong_option_is_explained(capsys, arguments, message):
 def test_generate_continues_a_prompt(train, capsys):
     assert train() == 0
     capsys.readouterr()
-    call = ["generate", "runs/tiny", "--prompt", "the q", "--length", "20", "--seed", "3"]
+    call = ["generate", "runs/hope-tiny", "--prompt", "the q", "--length", "20", "--seed", "3"]
     assert main(call) == 0
     first = capsys.readouterr().out
     assert first.startswith("the q")

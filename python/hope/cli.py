@@ -27,6 +27,7 @@ from hope.presets import PRESETS, preset
 from hope.train import Trainer, TrainingDiverged, TrainResult
 
 _RUNS = Path("runs")
+_TRAINED = "hope-tiny"
 _EVALUATED = ("hope-tiny", "tiny", "tiny-transformer")
 
 
@@ -76,17 +77,18 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "train",
         help="train a model on text",
         description=(
-            "Trains a byte-level language model. Without options: the tiny Titans model, on the\n"
+            "Trains a byte-level language model. Without options: the tiny HOPE model, on the\n"
             "source of Python's standard library. Ctrl-C stops after the current step, with a\n"
             "checkpoint that --resume continues from."
         ),
         epilog=(
             "examples:\n"
-            "  hope train                                 the tiny preset on Python's own source\n"
+            "  hope train                                 hope-tiny on Python's own source\n"
             "  hope train --data book.txt notes/          your text: files, directories, globs\n"
+            "  hope train --preset tiny                   the Titans model\n"
             "  hope train --preset tiny-transformer       the Transformer to compare with\n"
             "  hope train --steps 100 --set model.dim=192 --set train.lr=2e-3\n"
-            "  hope train --resume --out runs/tiny        continue a stopped run\n"
+            "  hope train --resume --out runs/hope-tiny   continue a stopped run\n"
             "\n"
             "--set takes any field of a run's config.json, for example model.layers, train.batch,\n"
             "model.mixer.heads, train.sequence, train.seed; model.mixer=attention swaps the mixer."
@@ -97,7 +99,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--preset",
         choices=list(PRESETS),
         metavar="PRESET",
-        help=f"settings to start from, one of: {', '.join(PRESETS)} (default: tiny)",
+        help=f"settings to start from, one of: {', '.join(PRESETS)} (default: {_TRAINED})",
     )
     _add_settings(parser)
     parser.add_argument(
@@ -210,8 +212,8 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         description="Writes text that continues a prompt, with the newest checkpoint of a run.",
         epilog=(
             "examples:\n"
-            "  hope generate runs/tiny\n"
-            "  hope generate runs/tiny --prompt 'def main():' --length 1000 --temperature 0.5"
+            "  hope generate runs/hope-tiny\n"
+            "  hope generate runs/hope-tiny --prompt 'def main():' --length 1000 --temperature 0.5"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -281,10 +283,10 @@ def _positive(text: str) -> int:
 def _train(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     if options.resume:
-        out = options.out or _latest_run(options.preset or "tiny")
+        out = options.out or _latest_run(options.preset or _TRAINED)
         config = _resumed_config(options, out)
     else:
-        config = _configured(options, preset(options.preset or "tiny"))
+        config = _configured(options, preset(options.preset or _TRAINED))
         out = options.out or _new_run(config.preset)
     train = config.train
     corpus = load_corpus(config.data, window=train.sequence)
