@@ -332,6 +332,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     dtype: str = "float32"  # of the activations (autocast); weights and gates are float32
     compile: bool = False  # through torch.compile
+    # Optimizer steps between two moves of each MLP of a CMS (hope.optim.MultiFrequency); empty: all
+    # weights move in every step.
+    level_periods: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -347,6 +350,8 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _choose(self.schedule, "schedule", "cosine", "linear")
         _choose(self.dtype, "dtype", "float32", "bfloat16")
+        periods = self.level_periods
+        _require(min(periods, default=1) > 0, "level_periods", "numbers above 0", periods)
 
     @property
     def tokens_per_step(self) -> int:
@@ -369,6 +374,16 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        periods, cms = self.train.level_periods, self.model.cms
+        mlps = 0 if cms is None else cms.mlps
+        _require(
+            len(periods) in (0, mlps),
+            "train.level_periods",
+            f"empty or one number for each of the {mlps} MLPs of model.cms",
+            periods,
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
