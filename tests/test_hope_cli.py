@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from hope import AttentionConfig, generate, load_model, preset
 from hope.cli import main
 
 SMALL = [
@@ -63,9 +65,19 @@ def test_train_says_what_it_does_and_where_the_files_are(train, tmp_path, capsys
         assert (tmp_path / "runs" / "hope-tiny" / path).exists()
 
 
-@pytest.mark.parametrize("name", ["tiny-deep", "tiny-mac", "tiny-mag", "tiny-mal", "hope-tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tiny-deep", "tiny-mac", "tiny-mag", "tiny-mal", "tiny-transformer", "tiny-gelu"),
+        *("hope-tiny", "hope-attention-tiny"),
+    ],
+)
 def test_every_variant_learns_and_writes(text, tmp_path, capsys, name):
-    sizes = ("--set", "model.mixer.heads=2", "--set", "model.mixer.chunk_size=8")
+    sizes = ("--set", "model.mixer.heads=2")
+    if not isinstance(preset(name).model.mixer, AttentionConfig):
+        sizes += ("--set", "model.mixer.chunk_size=8")
+    if preset(name).model.cms is not None:
+        sizes += ("--set", "model.cms.chunk_sizes=[4, 8, 16, 32]")
     near = {"tiny-mac": "segment", "tiny-mag": "window", "tiny-mal": "window"}.get(name)
     if near is not None:
         sizes += ("--set", f"model.mixer.{near}=12")
@@ -78,6 +90,12 @@ def test_every_variant_learns_and_writes(text, tmp_path, capsys, name):
     capsys.readouterr()
     assert main(["generate", f"runs/{name}", "--prompt", "the q", "--length", "20"]) == 0
     assert capsys.readouterr().out.startswith("the q")
+    # With the carried state it writes what the full forward finds likeliest.
+    model = load_model(f"runs/{name}")
+    written = list(generate(model, "the q", length=40, temperature=0))
+    tokens = torch.tensor([[256, *b"the q", *written]])
+    likeliest = model(tokens)[0, 5:-1, :257].argmax(-1)
+    assert likeliest.tolist() == written
 
 
 def test_every_new_run_gets_a_directory_and_resume_finds_the_latest(train, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 from hope import (
     PRESETS,
     AttentionConfig,
+    CmsConfig,
     HopeConfig,
     HopeError,
     MalConfig,
@@ -122,6 +123,23 @@ def test_missing_fields_take_their_defaults():
             {"model": {"mixer": {"kind": "hope", "read": "never"}}},
             "model.mixer.read must be 'after', 'before' or 'chunk', not 'never'",
         ),
+        (
+            {"model": {"mlp": "relu"}},
+            "model.mlp must be 'swiglu' or 'gelu', not 'relu'",
+        ),
+        (
+            {"model": {"cms": {"chunk_sizes": [8, 4]}}},
+            r"model.cms.chunk_sizes must be .* none falling, not \(8, 4\)",
+        ),
+        (
+            {"model": {"cms": {"chunk_sizes": [8.5]}}},
+            r"model.cms.chunk_sizes must be a list of integers, not \[8.5\]",
+        ),
+        (
+            {"model": {"cms": {"levels": 3}}},
+            "unknown field model.cms.levels; there are: chunk_sizes, updates",
+        ),
+        ({"model": {"cms": "large"}}, "model.cms must be an object with fields, not 'large'"),
         ({"train": {"schedule": "flat"}}, "train.schedule must be 'cosine' or 'linear'"),
         ({"train": 3}, "train must be an object with fields, not 3"),
         ({"data": "text"}, "data must be a list of strings"),
@@ -154,6 +172,12 @@ def test_an_override_can_swap_the_mixer_and_then_set_its_fields():
     assert config.model.mixer == AttentionConfig(conv_width=4)
     config = override(config, ["model.mixer=mal", "model.mixer.window=9"])
     assert config.model.mixer == MalConfig(window=9)
+
+
+def test_an_override_can_put_a_continuum_memory_system_in_the_mlp_s_place_and_take_it_away():
+    config = override(RunConfig(), ["model.cms={}", "model.cms.chunk_sizes=[8, 16]"])
+    assert config.model.cms == CmsConfig(chunk_sizes=(8, 16))
+    assert override(config, ["model.cms=null"]) == RunConfig()
 
 
 @pytest.mark.parametrize(
@@ -197,13 +221,21 @@ def test_the_larger_hope_presets_have_the_full_model_s_size(name, size):
 
 
 def test_the_full_hope_s_size_is_the_sum_of_its_parts():
-    model = ModelConfig(dim=128, layers=3, mixer=HopeConfig(heads=2, head_dim=64))
+    mixer = HopeConfig(heads=2, head_dim=64)
+    model = ModelConfig(dim=128, layers=3, mlp_ratio=4.0, mixer=mixer, cms=CmsConfig())
     embedding = 32_000 * 128
     projections, convolution, gate = 3 * 128 * 128, 2 * 128 * 4, 128 * 2 + 2
     memories, biases = 2 * (3 * 2 * 64 * 64 + 2 * (64 * 64 + 64)), 2 * 2
-    levels, norms = 4 * 2 * 128 * 128, 2 * 128
-    block = projections + convolution + gate + memories + biases + levels + norms
+    levels, target, rates, norms = 4 * 2 * 128 * 128, 128 * 128, 4 * (128 + 1), 5 * 128
+    block = projections + convolution + gate + memories + biases + levels + target + rates + norms
     assert full_hope_parameter_count(model) == embedding + 3 * block + 128
+
+
+def test_the_larger_hope_presets_have_the_paper_s_levels():
+    for name in ("hope-340m", "hope-760m", "hope-1.3b"):
+        model = preset(name).model
+        assert model.cms.chunk_sizes == (512, 2048, 8192, 32768)
+        assert model.mlp_dims == (model.dim,) * 4
 
 
 def test_an_unknown_preset_lists_the_known_ones():

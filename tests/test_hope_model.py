@@ -8,6 +8,7 @@ import torch
 from hope import (
     AttentionConfig,
     CausalConv,
+    CmsConfig,
     HopeConfig,
     HopeError,
     LanguageModel,
@@ -55,14 +56,31 @@ MIXER_CONFIGS = {
 }
 
 
-def small_model(mixer, layers=2):
+CMS_CONFIGS = {
+    "CMS": CmsConfig((3, 8, 16)),
+    "CMS, nested": CmsConfig((2, 4, 8), variant="nested"),
+    "CMS, independent": CmsConfig((3, 5), variant="independent", activation="silu"),
+    "CMS, one nested level": CmsConfig((5,), variant="nested"),
+    "CMS without updates": CmsConfig((3, 8), updates=False),
+}
+
+
+def small_model(name, layers=2):
+    """A mixer with the usual MLP, or HOPE's with a CMS."""
+    cms = CMS_CONFIGS.get(name)
+    mixer = MIXER_CONFIGS["hope" if cms else name]
     torch.manual_seed(0)
-    return LanguageModel(ModelConfig(mixer=mixer, dim=32, layers=layers)).eval()
+    model = LanguageModel(ModelConfig(mixer=mixer, dim=32, layers=layers, cms=cms)).eval()
+    if cms and cms.updates:  # higher rates than at the start
+        for block in model.blocks:
+            for rate in block.cms.rates:
+                nn.init.ones_(rate.bias)
+    return model
 
 
-@pytest.fixture(params=MIXER_CONFIGS)
+@pytest.fixture(params=[*MIXER_CONFIGS, *CMS_CONFIGS])
 def model(request):
-    return small_model(MIXER_CONFIGS[request.param])
+    return small_model(request.param)
 
 
 def tensors(state):
@@ -112,9 +130,9 @@ def test_packed_documents_are_each_alone(model, lengths):
 WITH_MEMORY = [name for name in MIXER_CONFIGS if not name.startswith("attention")]
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("name", [*WITH_MEMORY, *CMS_CONFIGS])
 def test_packed_documents_continue_from_a_state_row_each(name):
-    model = small_model(MIXER_CONFIGS[name])
+    model = small_model(name)
     documents = [random_tokens(1, length, seed=length) for length in (11, 2, 17)]
     cuts = [4, 1, 10]
 
@@ -168,7 +186,7 @@ def test_the_last_tap_is_the_token_itself():
 
 
 def test_an_attention_state_does_not_go_with_packed_documents():
-    model = small_model(MIXER_CONFIGS["attention"])
+    model = small_model("attention")
     _, state = model(random_tokens(1, 4), return_state=True)
     with pytest.raises(ValueError, match="a state or cu_seqlens, not both"):
         model(random_tokens(1, 4), state, torch.tensor([0, 4], dtype=torch.int32))
@@ -208,9 +226,9 @@ def test_logits_are_float32_under_autocast(model):
     torch.testing.assert_close(logits, model(tokens), atol=0.2, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["titans", "mac", "mag", "mal", "hope"])
+@pytest.mark.parametrize("name", ["titans", "mac", "mag", "mal", "hope", *CMS_CONFIGS])
 def test_compiles_without_graph_breaks(name):
-    model = small_model(MIXER_CONFIGS[name], layers=1)
+    model = small_model(name, layers=1)
     tokens = random_tokens(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-4, rtol=1e-4)
@@ -219,7 +237,7 @@ def test_compiles_without_graph_breaks(name):
 def test_greedy_generation_is_the_argmax_of_the_full_forward(model):
     with torch.no_grad():  # or an untrained model with a tied head repeats the last byte
         for block in model.blocks:
-            block.mlp.down.weight.mul_(20)
+            block.mixer.out.weight.mul_(20)
     written = list(generate(model, b"def f", length=12, temperature=0))
     assert len(written) == 12
     assert len(set(written)) > 2
@@ -254,9 +272,9 @@ def test_wrong_generation_options(model, options, message):
         list(generate(model, **options))
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("name", [*WITH_MEMORY, *CMS_CONFIGS])
 def test_a_memory_s_state_does_not_grow(name):
-    model = small_model(MIXER_CONFIGS[name])
+    model = small_model(name)
     _, short = model(random_tokens(1, 10), return_state=True)
     _, long = model(random_tokens(1, 300), return_state=True)
     for a, b in zip(tensors(short), tensors(long), strict=True):

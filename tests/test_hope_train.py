@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hope import (
+    CmsConfig,
     HopeError,
     LanguageModel,
     ModelConfig,
@@ -26,7 +27,9 @@ from hope import (
     load_model,
 )
 from hope.checkpoint import find_checkpoint
+from hope.config import override
 from hope.files import atomic_directory, atomic_file
+from hope.optim import MultiFrequency
 from hope.train import bits_per_byte, learning_rate, make_optimizer
 from torch import nn
 
@@ -232,6 +235,82 @@ def test_weight_decay_is_for_matrices_of_linear_layers_and_embeddings():
     }
     assert all(p.ndim == 2 for p in decayed["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+# The slow level moves every third step: steps 1, 4 and 5 are in the middle of a period.
+PACED = RunConfig(
+    model=replace(MODEL, mlp_ratio=2.0, cms=CmsConfig((4, 8))),
+    train=replace(TRAIN, level_periods=(1, 3)),
+)
+
+
+def test_levels_move_once_in_their_period(tmp_path, corpus):
+    trainer = Trainer(PACED, corpus, tmp_path / "run")
+    fast, slow = trainer.model.blocks[0].cms.levels
+    for step in range(1, 7):
+        before = [level.mlp.up.weight.detach().clone() for level in (fast, slow)]
+        trainer._train_step()
+        moved = [
+            not torch.equal(level.mlp.up.weight, old)
+            for level, old in zip((fast, slow), before, strict=True)
+        ]
+        assert moved == [True, step % 3 == 0]
+
+
+def test_periods_of_one_are_the_usual_optimizer(tmp_path, corpus):
+    runs = []
+    for periods in ((), (1, 1)):
+        config = replace(PACED, train=replace(PACED.train, level_periods=periods))
+        trainer = Trainer(config, corpus, tmp_path / f"run{len(periods)}")
+        for _ in range(5):
+            trainer._train_step()
+        runs.append(trainer)
+    kinds = [type(trainer.optimizer) for trainer in runs]
+    assert kinds == [torch.optim.AdamW, MultiFrequency]
+    for a, b in zip(*(trainer.model.parameters() for trainer in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_with_periods_have_every_weight_once():
+    model = LanguageModel(PACED.model)
+    groups = make_optimizer(model, PACED.train).param_groups
+    assert [group["period"] for group in groups] == [1, 1, 3, 3]
+    assert [group["weight_decay"] > 0 for group in groups] == [True, False] * 2
+    slow = set(model.blocks[0].cms.levels[1].parameters())
+    assert {p for group in groups[2:] for p in group["params"]} == slow
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_run_stopped_in_the_middle_of_a_period_resumes_bitwise(tmp_path, corpus, step):
+    whole = Trainer(PACED, corpus, tmp_path / "whole")
+    whole.run(progress=False)
+    out = tmp_path / "stopped"
+    trainer = Trainer(PACED, corpus, out)
+    interrupt(trainer, step, lambda: signal.raise_signal(signal.SIGINT))
+    trainer.run(progress=False)
+    resumed = Trainer(PACED, corpus, out, resume=True)
+    assert resumed.step == step
+    slow = resumed.model.blocks[0].cms.levels[1].mlp.up.weight
+    assert resumed.optimizer.state[slow]["pending"].abs().max() > 0
+    resumed.run(progress=False)
+    assert without_times(losses(out)) == without_times(losses(tmp_path / "whole"))
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, whole.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.level_periods=[1]"], r"empty or one number for each of the 0 MLPs .* not \(1,\)"),
+        (["model.cms={}", "train.level_periods=[1, 2]"], r"each of the 4 MLPs .*, not \(1, 2\)"),
+        (["train.level_periods=[0]"], r"train.level_periods must be numbers above 0, not \(0,\)"),
+        (["train.level_periods=3"], "train.level_periods must be a list of integers, not 3"),
+    ],
+)
+def test_wrong_periods_are_named(settings, message):
+    with pytest.raises(HopeError, match=message):
+        override(RunConfig(), settings)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

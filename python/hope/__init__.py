@@ -3,6 +3,7 @@
 from hope.checkpoint import load_config, load_model
 from hope.config import (
     AttentionConfig,
+    CmsConfig,
     HopeConfig,
     MacConfig,
     MagConfig,
@@ -16,8 +17,10 @@ from hope.data import Corpus, load_corpus
 from hope.errors import HopeError
 from hope.generate import decode, generate
 from hope.layers import (
+    MLP,
     Attention,
     CausalConv,
+    ContinuumMemory,
     MemoryAsContext,
     MemoryAsGate,
     MemoryAsLayer,
@@ -30,10 +33,13 @@ from hope.presets import PRESETS, preset
 from hope.train import Trainer, TrainingDiverged, TrainResult
 
 __all__ = [
+    "MLP",
     "PRESETS",
     "Attention",
     "AttentionConfig",
     "CausalConv",
+    "CmsConfig",
+    "ContinuumMemory",
     "Corpus",
     "HopeConfig",
     "HopeError",

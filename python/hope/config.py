@@ -6,6 +6,7 @@ to each.
 """
 
 import dataclasses
+import itertools
 import json
 import typing
 from collections.abc import Mapping
@@ -229,15 +230,64 @@ MIXER_KINDS: dict[str, type[MixerConfig]] = {
 
 
 @dataclass(frozen=True)
+class CmsConfig:
+    """A continuum memory system in the MLP's place: MLPs that read and are rewritten at paces.
+
+    chunk_sizes: tokens between two updates of each level, from the fastest to the slowest.
+    updates: whether a text rewrites them; False: MLPs that only read.
+    variant: "sequential", each level reads what the one before it gives; "independent", all read
+    the block's input and their answers are added; "nested", one MLP, in which a level starts anew
+    at every update of the next slower one, from that one's weights, and the fastest answers.
+    activation: "gelu" (the tanh form) or "silu".
+
+    A token's inner learning rate is `lr_max / chunk_size * sigmoid(.)`, of the mean over the
+    channels of the squared error (hope.layers.cms).
+    """
+
+    chunk_sizes: tuple[int, ...] = (512, 2048, 8192, 32768)
+    updates: bool = True
+    variant: str = "sequential"
+    activation: str = "gelu"
+    lr_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        sizes = self.chunk_sizes
+        pairs = list(itertools.pairwise(sizes))
+        rising = len(sizes) > 0 and min(sizes) > 0 and all(a <= b for a, b in pairs)
+        _require(rising, "chunk_sizes", "at least one number above 0, none falling", sizes)
+        _choose(self.variant, "variant", "sequential", "independent", "nested")
+        if self.variant == "nested":
+            whole = all(b % a == 0 for a, b in pairs)
+            _require(whole, "chunk_sizes", "multiples of each other where levels are nested", sizes)
+        _choose(self.activation, "activation", "gelu", "silu")
+        _require(
+            0 < self.lr_max <= 1, "lr_max", "in (0, 1], where the inner loop is stable", self.lr_max
+        )
+
+    @property
+    def mlps(self) -> int:
+        """How many MLPs the levels are."""
+        return 1 if self.variant == "nested" else len(self.chunk_sizes)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A language model: `layers` blocks of a mixer and a SwiGLU MLP, with a tied embedding."""
+    """A language model: `layers` blocks of a mixer and an MLP, with a tied embedding.
+
+    mlp: "swiglu", or "gelu": two matrices and the tanh form of gelu between them.
+    cms: a continuum memory system in the MLP's place; None: none.
+    """
 
     mixer: MixerConfig = field(default_factory=TitansConfig)
     vocab_size: int = 264  # 256 bytes, the document separator, and padding to a multiple of 8
     dim: int = 128
     layers: int = 4
-    mlp_ratio: float = 8 / 3  # the MLP's width is dim * mlp_ratio, rounded to a multiple of 8
+    # The MLP's width, or that of all MLPs of a CMS together, is dim * mlp_ratio, rounded to a
+    # multiple of 8.
+    mlp_ratio: float = 8 / 3
     norm_eps: float = 1e-6
+    mlp: str = "swiglu"
+    cms: CmsConfig | None = None
 
     def __post_init__(self) -> None:
         _require(self.vocab_size > 1, "vocab_size", "at least 2", self.vocab_size)
@@ -245,10 +295,18 @@ class ModelConfig:
         _require(self.layers > 0, "layers", "at least 1", self.layers)
         _require(self.mlp_ratio > 0, "mlp_ratio", "above 0", self.mlp_ratio)
         _require(self.norm_eps > 0, "norm_eps", "above 0", self.norm_eps)
+        _choose(self.mlp, "mlp", "swiglu", "gelu")
 
     @property
     def mlp_dim(self) -> int:
-        return max(8, round(self.dim * self.mlp_ratio / 8) * 8)
+        return sum(self.mlp_dims)
+
+    @property
+    def mlp_dims(self) -> tuple[int, ...]:
+        """The width of each MLP of a block: one, or those of a CMS, as equal as can be."""
+        count = 1 if self.cms is None else self.cms.mlps
+        eights, more = divmod(max(count, round(self.dim * self.mlp_ratio / 8)), count)
+        return tuple(8 * (eights + (i < more)) for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -274,6 +332,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     dtype: str = "float32"  # of the activations (autocast); weights and gates are float32
     compile: bool = False  # through torch.compile
+    # Optimizer steps between two moves of each MLP of a CMS (hope.optim.MultiFrequency); empty: all
+    # weights move in every step.
+    level_periods: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -289,6 +350,8 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _choose(self.schedule, "schedule", "cosine", "linear")
         _choose(self.dtype, "dtype", "float32", "bfloat16")
+        periods = self.level_periods
+        _require(min(periods, default=1) > 0, "level_periods", "numbers above 0", periods)
 
     @property
     def tokens_per_step(self) -> int:
@@ -311,6 +374,16 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        periods, cms = self.train.level_periods, self.model.cms
+        mlps = 0 if cms is None else cms.mlps
+        _require(
+            len(periods) in (0, mlps),
+            "train.level_periods",
+            f"empty or one number for each of the {mlps} MLPs of model.cms",
+            periods,
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -348,13 +421,15 @@ def _parse(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path)  # type: ignore[type-var]
     if typing.get_origin(hint) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        kind, plural = (int, "integers") if int in typing.get_args(hint) else (str, "strings")
+        if isinstance(value, (list, tuple)) and all(type(item) is kind for item in value):
             return tuple(value)
-        raise HopeError(f"{path} must be a list of strings, not {value!r}")
+        raise HopeError(f"{path} must be a list of {plural}, not {value!r}")
     if type(None) in typing.get_args(hint):  # "T | None"
         if value is None:
             return None
         (hint,) = (item for item in typing.get_args(hint) if item is not type(None))
+        return _parse(hint, value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():

@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks of a mixer and an MLP, tied head."""
+"""The language model: embedding, blocks of a mixer and an MLP or CMS, tied head."""
 
 from dataclasses import dataclass
 
@@ -8,39 +8,62 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from hope.config import ModelConfig
-from hope.layers import MIXERS, MixerState, SwiGLU
+from hope.layers import MIXERS, CmsStates, ContinuumMemory, MixerState, make_mlp
 
 
 @dataclass
 class ModelState:
-    """What a LanguageModel carries from one call to the next: the states of its layers."""
+    """What a LanguageModel carries from one call to the next: the states of its layers.
+
+    layers: of every block's mixer. cms: of every block's continuum memory system, a state for each
+    level; none of MLPs that a text does not rewrite.
+    """
 
     layers: tuple[MixerState, ...]
+    cms: tuple[CmsStates, ...]
 
     def detach(self) -> "ModelState":
         """The same state cut from the autograd graph."""
-        return ModelState(tuple(layer.detach() for layer in self.layers))
+        return ModelState(
+            tuple(layer.detach() for layer in self.layers),
+            tuple(tuple(level.detach() for level in levels) for levels in self.cms),
+        )
 
 
 register_dataclass(ModelState)
 
 
 class Block(nn.Module):
-    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`; x [B, T, dim]."""
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))` or a continuum memory system; x [B, T, dim]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.mixer = MIXERS[type(config.mixer)](config.dim, config.mixer)
-        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.dim, config.mlp_dim)
+        if config.cms is None:
+            self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+            self.mlp = make_mlp(config)
+            self.cms = None
+        else:
+            self.cms = ContinuumMemory(config)
+
+    def writers(self) -> list[nn.Linear]:
+        """The layers that write into the residual stream (or, of a CMS, say what to write)."""
+        return [self.mixer.out, *([self.mlp.down] if self.cms is None else self.cms.writers())]
 
     def forward(
-        self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, MixerState]:
+        self,
+        x: Tensor,
+        state: MixerState | None,
+        levels: CmsStates | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, MixerState, CmsStates]:
         y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        if self.cms is None:
+            return x + self.mlp(self.mlp_norm(x)), state, ()
+        x, levels = self.cms(x, levels, cu_seqlens)
+        return x, state, levels
 
 
 class LanguageModel(nn.Module):
@@ -60,21 +83,24 @@ class LanguageModel(nn.Module):
     def init_weights(self) -> None:
         """Draws all weights anew.
 
-        Linear layers keep the scale of their input (standard deviation 1 / sqrt(fan-in)); the two
-        of each block that write into the residual stream are divided by sqrt(2 * layers), so that
-        the stream's variance does not grow with depth. The embedding has standard deviation 1 /
-        sqrt(dim): as the head it gives logits of scale 1, and on the way in it is scaled back up
-        to 1 (see forward).
+        Linear layers keep the scale of their input (standard deviation 1 / sqrt(fan-in)); those
+        that write into the residual stream, the mixer's and each MLP's, are divided by the root of
+        their number, so that the stream's variance does not grow with depth. The embedding has
+        standard deviation 1 / sqrt(dim): as the head it gives logits of scale 1, and on the way in
+        it is scaled back up to 1 (see forward).
         """
         nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        count = self.config.layers * (1 + len(self.config.mlp_dims))
         for block in self.blocks:
             block.mixer.init_weights()
-            for writer in (block.mixer.out, block.mlp.down):
+            if block.cms is not None:
+                block.cms.init_weights()
+            for writer in block.writers():
                 with torch.no_grad():
-                    writer.weight.mul_((2 * self.config.layers) ** -0.5)
+                    writer.weight.mul_(count**-0.5)
 
     def forward(
         self,
@@ -96,16 +122,20 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens must be [B, T] int64 with T >= 1, not {got}")
         if cu_seqlens is not None and tokens.shape[0] != 1:
             raise ValueError(f"cu_seqlens needs a batch of 1, not {tokens.shape[0]}")
-        if state is not None and len(state.layers) != len(self.blocks):
+        if state is not None and not len(state.layers) == len(state.cms) == len(self.blocks):
             got = len(state.layers)
             raise ValueError(f"state must hold {len(self.blocks)} layers, not {got}")
         x = self.embedding(tokens) * self.config.dim**0.5
-        states = []
-        for index, block in enumerate(self.blocks):
-            x, layer = block(x, None if state is None else state.layers[index], cu_seqlens)
-            states.append(layer)
+        carried = [(None, None)] * len(self.blocks)
+        if state is not None:
+            carried = list(zip(state.layers, state.cms, strict=True))
+        layers, cms = [], []
+        for block, before in zip(self.blocks, carried, strict=True):
+            x, layer, levels = block(x, *before, cu_seqlens)
+            layers.append(layer)
+            cms.append(levels)
         logits = F.linear(self.norm(x), self.embedding.weight).float()
-        return (logits, ModelState(tuple(states))) if return_state else logits
+        return (logits, ModelState(tuple(layers), tuple(cms))) if return_state else logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar."""

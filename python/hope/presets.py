@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from hope.config import (
     AttentionConfig,
+    CmsConfig,
     HopeConfig,
     MacConfig,
     MagConfig,
@@ -43,9 +44,21 @@ _TINY_CONV_ATTENTION = replace(
 )
 
 
-def _tiny(name: str, mlp_ratio: float, mixer: MixerConfig) -> RunConfig:
-    """`tiny` with another mixer, whose weights a narrower MLP makes up for."""
-    return replace(_TINY, preset=name, model=replace(_TINY.model, mlp_ratio=mlp_ratio, mixer=mixer))
+# A 32nd of the paper's 512 to 32,768: two of four levels move within a training sequence.
+_TINY_CMS = CmsConfig(chunk_sizes=(16, 64, 256, 1024))
+
+
+def _tiny(
+    name: str,
+    mlp_ratio: float,
+    mixer: MixerConfig,
+    *,
+    mlp: str = "swiglu",
+    cms: CmsConfig | None = None,
+) -> RunConfig:
+    """`tiny` with another mixer, or MLP, and a width of the MLP that makes the size equal."""
+    model = replace(_TINY.model, mlp_ratio=mlp_ratio, mixer=mixer, mlp=mlp, cms=cms)
+    return replace(_TINY, preset=name, model=model)
 
 
 # Windows and segments of a quarter of the training sequence: the memory has something to do.
@@ -77,10 +90,10 @@ def _titans(dim: int, layers: int) -> ModelConfig:
 
 
 def _hope(dim: int, layers: int) -> ModelConfig:
-    # 3 d^2 in the projections, 512 d in the memories, and 8 d^2 in an MLP that is as large as the
-    # Continuum Memory System that belongs in its place.
+    # 3 d^2 in the projections, 512 d in the memories, 8 d^2 in the four levels of a continuum
+    # memory system, as in an MLP, and d^2 in its target.
     mixer = HopeConfig(heads=dim // 64, head_dim=64, chunk_size=64)
-    return ModelConfig(dim=dim, layers=layers, mlp_ratio=8 / 3, mixer=mixer)
+    return ModelConfig(dim=dim, layers=layers, mlp_ratio=4.0, mixer=mixer, cms=CmsConfig())
 
 
 PRESETS: dict[str, RunConfig] = {
@@ -93,14 +106,16 @@ PRESETS: dict[str, RunConfig] = {
         _tiny("tiny-mac", 2.0, MacConfig(heads=4, head_dim=32, segment=_WINDOW)),
         _tiny("tiny-mag", 2.0, MagConfig(heads=4, head_dim=32, window=_WINDOW)),
         _tiny("tiny-mal", 2.0, MalConfig(heads=4, head_dim=32, window=_WINDOW)),
-        _tiny("hope-tiny", 2.8125, HopeConfig(heads=4, head_dim=32)),
+        _tiny("tiny-gelu", 4.6875, AttentionConfig(heads=4, head_dim=32), mlp="gelu"),
+        _tiny("hope-tiny", 3.6875, HopeConfig(heads=4, head_dim=32), cms=_TINY_CMS),
+        _tiny("hope-attention-tiny", 4.1875, AttentionConfig(heads=4, head_dim=32), cms=_TINY_CMS),
         _large("125m", _titans(768, 16), lr=1.5e-3, tokens=2_500_000_000, batch=64),
         _large("340m", _titans(1024, 25), lr=1e-3, tokens=7_000_000_000, batch=128),
         _large("760m", _titans(1536, 25), lr=7e-4, tokens=15_000_000_000, batch=128),
         _large("1.3b", _titans(2048, 24), lr=5e-4, tokens=30_000_000_000, batch=256),
-        _large("hope-340m", _hope(1024, 25), lr=1e-3, tokens=7_000_000_000, batch=128),
-        _large("hope-760m", _hope(1536, 27), lr=7e-4, tokens=15_000_000_000, batch=128),
-        _large("hope-1.3b", _hope(2048, 26), lr=5e-4, tokens=30_000_000_000, batch=256),
+        _large("hope-340m", _hope(1024, 23), lr=1e-3, tokens=7_000_000_000, batch=128),
+        _large("hope-760m", _hope(1536, 24), lr=7e-4, tokens=15_000_000_000, batch=128),
+        _large("hope-1.3b", _hope(2048, 24), lr=5e-4, tokens=30_000_000_000, batch=256),
     )
 }
 
@@ -112,19 +127,13 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]
 
 
-# What makes a HOPE preset's name true: the vocabulary and the levels of the paper's models.
+# The vocabulary of the paper's models, with which the HOPE presets have the size of their names.
 _FULL_VOCABULARY = 32_000
-_CMS_LEVELS = 4
 
 
 def full_hope_parameter_count(config: ModelConfig) -> int:
-    """Number of parameters of the full HOPE that a HOPE preset's model is made for.
+    """Number of parameters of a HOPE preset's model with a vocabulary of 32,000 instead of bytes.
 
-    `config` with a vocabulary of 32,000 (tied head) instead of bytes and, in the place of every
-    MLP, a Continuum Memory System of four levels that share an MLP's 8 d^2: each is two matrices
-    [dim, F] and [F, dim], F = 4 dim / 4 rounded to a multiple of 64.
+    The head is tied: the vocabulary counts once.
     """
-    mlp = 3 * config.dim * config.mlp_dim
-    level = 2 * config.dim * round(4 * config.dim / _CMS_LEVELS / 64) * 64
-    model = parameter_count(replace(config, vocab_size=_FULL_VOCABULARY))
-    return model + config.layers * (_CMS_LEVELS * level - mlp)
+    return parameter_count(replace(config, vocab_size=_FULL_VOCABULARY))

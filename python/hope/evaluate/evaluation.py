@@ -59,9 +59,10 @@ def equal_sized(configs: Sequence[RunConfig]) -> list[RunConfig]:
 
 def _resized(model: ModelConfig, size: int, name: str) -> ModelConfig:
     unit = 8  # the MLP's width is a multiple of it
-    each = 3 * model.dim * model.layers * unit
+    matrices = 3 if model.cms is None and model.mlp == "swiglu" else 2
+    each = matrices * model.dim * model.layers * unit
     steps = round((size - parameter_count(model)) / each)
-    width = max(unit, model.mlp_dim + unit * steps)
+    width = max(unit * len(model.mlp_dims), model.mlp_dim + unit * steps)
     resized = replace(model, mlp_ratio=width / model.dim) if steps else model
     if abs(parameter_count(resized) / size - 1) > _TOLERANCE:
         raise HopeError(

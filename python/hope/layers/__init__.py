@@ -1,4 +1,4 @@
-"""The layers of a model: token mixers, and the MLP between them.
+"""The layers of a model: token mixers, and the MLP or continuum memory system between them.
 
 A *mixer* is a module `forward(x, state=None, cu_seqlens=None) -> (y, state)` that moves
 information between tokens: x and y are [B, T, dim]; `state` is what it carries from one call to
@@ -22,18 +22,22 @@ from hope.config import (
     TitansConfig,
 )
 from hope.layers.attention import Attention, AttentionState
+from hope.layers.cms import CmsStates, ContinuumMemory
 from hope.layers.conv import CausalConv
 from hope.layers.mac import MacState, MemoryAsContext
 from hope.layers.mag import MagState, MemoryAsGate
 from hope.layers.mal import MemoryAsLayer
 from hope.layers.memory import TitansMemory, TitansMemoryState
-from hope.layers.mlp import SwiGLU
+from hope.layers.mlp import MLP, SwiGLU, make_mlp
 from hope.layers.selfmod import SelfModifyingMemory, SelfModifyingMemoryState
 
 __all__ = [
     "MIXERS",
+    "MLP",
     "Attention",
     "CausalConv",
+    "CmsStates",
+    "ContinuumMemory",
     "MemoryAsContext",
     "MemoryAsGate",
     "MemoryAsLayer",
@@ -41,6 +45,7 @@ __all__ = [
     "SelfModifyingMemory",
     "SwiGLU",
     "TitansMemory",
+    "make_mlp",
 ]
 
 MixerState = TitansMemoryState | AttentionState | MacState | MagState | SelfModifyingMemoryState

@@ -1,6 +1,5 @@
 """The Titans memory as a token mixer, and as a part of others."""
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from torch.export import register_dataclass
 import hope_ext
 from hope.config import TitansConfig
 from hope.layers.conv import CausalConv
+from hope.layers.mlp import ACTIVATIONS
 from hope.layers.unit import unit, unit_qk
 
-_ACTIVATIONS = {"gelu": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu}
 _NORM_EPS = 1e-6
 
 
@@ -138,7 +137,7 @@ class NeuralMemory(nn.Module):
         q = unit(q.unflatten(-1, (config.heads, config.head_dim))).transpose(1, 2)  # [B, H, T, D]
         o = q.to(weights[0].dtype) @ weights[0]
         if config.memory == "deep":
-            o = _ACTIVATIONS[config.activation](o) @ weights[1]
+            o = ACTIVATIONS[config.activation](o) @ weights[1]
         if config.norm == "layer":
             o = F.layer_norm(o, o.shape[-1:], eps=_NORM_EPS)
             o = o * self.norm_weight[:, None] + self.norm_bias[:, None]
