@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 import hope_ext
+from benchmarks import titans, titans_deep
 from benchmarks.subjects import (
     BACKWARD,
     FORWARD,
@@ -173,22 +174,40 @@ def bare_plain(setting: Setting) -> Subject:
     return subject(setting, plain)
 
 
+def our_layer(setting: Setting) -> Subject:
+    from hope import HopeConfig, SelfModifyingMemory
+
+    shape = setting.shape
+    torch.manual_seed(0)
+    config = HopeConfig(
+        heads=shape["H"],
+        head_dim=shape["D"],
+        chunk_size=shape["C"],
+        expansion=max(1, shape["F"] // shape["D"]),
+    )
+    module = SelfModifyingMemory(shape["H"] * shape["D"], config)
+    module.init_weights()
+    return titans.layer(setting, module, operator_work(setting))
+
+
 def bounds(setting: Setting) -> dict[str, Work]:
     """The work of the design with checkpoints: its backward computes the states once more."""
     forward, both = (operator_work(setting)[direction] for direction in (FORWARD, TRAINING))
     return {FORWARD: forward, BACKWARD: Work(both.flops, both.bytes - forward.bytes)}
 
 
-CONTESTS = (
-    Contest(
-        "operator",
-        (
-            Row("reference", bare_reference, at=fewer_tokens),
-            Row("plain PyTorch", bare_plain, at=fewer_tokens),
-            Row("ours", bare),
-        ),
-        "ours",
+OPERATOR = Contest(
+    "operator",
+    (
+        Row("reference", bare_reference, at=fewer_tokens),
+        Row("plain PyTorch", bare_plain, at=fewer_tokens),
+        Row("ours", bare),
     ),
+    "ours",
+)
+# Five memories, against the one deep memory of a Titans layer of the same size.
+LAYER = Contest(
+    "layer", (Row("Titans layer", titans_deep.our_layer), Row("ours", our_layer)), "Titans layer"
 )
 
 BENCHMARK = Operator(
@@ -198,7 +217,7 @@ BENCHMARK = Operator(
         "cpu": ((1, 256, 1, 64, 64, 64), (2, 1024, 4, 64, 64, 64)),
         "cuda": ((8, 4096, 16, 64, 64, 64), (4, 8192, 8, 128, 128, 64)),
     },
-    contests={"cpu": CONTESTS, "cuda": CONTESTS},
+    contests={"cpu": (OPERATOR, LAYER), "cuda": (OPERATOR, LAYER)},
     run=run,
     check_arguments=check_arguments,
     quick=lambda shape: {**shape, "B": 1, "T": min(shape["T"], 2 * shape["C"])},
@@ -209,6 +228,7 @@ LINEAR = replace(
     BENCHMARK,
     variant="linear",
     letters="BTHDC",
+    contests={"cpu": (OPERATOR,), "cuda": (OPERATOR,)},
     shapes={
         "cpu": ((2, 1024, 4, 64, 64),),
         "cuda": ((8, 4096, 16, 64, 64), (4, 8192, 8, 128, 64)),
