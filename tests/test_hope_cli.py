@@ -69,7 +69,7 @@ def test_train_says_what_it_does_and_where_the_files_are(train, tmp_path, capsys
     "name",
     [
         *("tiny-deep", "tiny-mac", "tiny-mag", "tiny-mal", "tiny-transformer", "tiny-gelu"),
-        *("hope-tiny", "hope-attention-tiny"),
+        *("hope-tiny", "hope-tiny-cms", "hope-attention-tiny"),
     ],
 )
 def test_every_variant_learns_and_writes(text, tmp_path, capsys, name):
