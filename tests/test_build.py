@@ -395,7 +395,7 @@ def test_make_refuses_an_old_python(root, tmp_path):
     ("target", "command"),
     [
         ("train", "bin/hope train --flag"),
-        ("test", "bin/python -m pytest --flag"),
+        ("test", "bin/python tests/side_by_side.py --flag"),
         ("bench", "bin/python -m benchmarks.ops --op titans --flag"),
         ("profile", "bin/python -m benchmarks.ops --op titans --profile --flag"),
         ("lint", "bin/clang-format --dry-run -Werror csrc/module.cpp"),

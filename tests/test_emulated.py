@@ -62,7 +62,7 @@ def bounds(emulator, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("variant", "seeds"), [("plain", [2, 3, 4]), ("races", [1]), ("address", [1])]
+    ("variant", "seeds"), [("plain", [2, 3]), ("races", [1]), ("address", [1])]
 )
 def test_instances(bounds, variant, seeds, dtype):
     """As exact as torch under any schedule, and no detector objects."""

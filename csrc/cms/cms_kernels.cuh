@@ -153,7 +153,7 @@ class CmsRun {
                size_t shared_bytes = 0) {
         static_assert(kCmsThreads == kProductThreads);
         of_.blocks = static_cast<int>(grid(blocks));
-        if (blocks * sequences)
+        if (blocks * sequences > 0)
             launch(kernel, dim3(grid(blocks * sequences)), dim3(kCmsThreads), shared_bytes, stream_,
                    of_);
     }
