@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 from backends import device_of
 from torch import Tensor
@@ -149,3 +150,20 @@ def assert_as_good_as_torch(
                 raise AssertionError(
                     f"{name}: error {ours[name]:.3g}, torch's {torchs[name]:.3g} ({seed + 1} draws)"
                 )
+
+
+def assert_devices_do_not_show(
+    case: Case,
+    arguments: dict,
+    devices: Iterable[Mapping[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The emulated kernels give the same bits whatever the device's settings are."""
+    expected = evaluate(case, arguments, "emulated")
+    for settings in devices:
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            results = evaluate(case, arguments, "emulated")
+        for (name, a), (_, b) in zip(results, expected, strict=True):
+            assert torch.equal(a, b), f"{settings}: {name}"

@@ -6,7 +6,7 @@ Their laws are those of every backend; every instance runs in tests/test_emulate
 import pytest
 import torch
 from backends import device_of
-from laws import evaluate, float_leaves
+from laws import assert_devices_do_not_show, float_leaves
 from test_emulated import each_cuda_backend
 
 import hope_ext
@@ -63,21 +63,14 @@ NAMES = ("blocks", "packed-carried", "groups", "carried-in-a-long-chunk")
 @pytest.mark.parametrize("case", [c for c in CASES if c.stem == "cms" and c.name in NAMES], ids=str)
 def test_the_device_does_not_show_in_the_bits(emulated, monkeypatch, case, dtype):
     """Neither the order of threads nor the size of tiles, which is chosen by multiprocessors."""
-    arguments = case.make(dtype, "cpu")
-    expected = evaluate(case, arguments, "emulated")
-    for settings in (
+    devices = (
         {"EMULATOR_SEED": "0"},
         {"EMULATOR_SEED": "7"},
         {"EMULATOR_THREADS": "2"},
         {"EMULATOR_MULTIPROCESSORS": "1"},
         {"EMULATOR_MULTIPROCESSORS": "1000"},
-    ):
-        with monkeypatch.context() as patch:
-            for name, value in settings.items():
-                patch.setenv(name, value)
-            results = evaluate(case, arguments, "emulated")
-        for (name, a), (_, b) in zip(results, expected, strict=True):
-            assert torch.equal(a, b), f"{settings}: {name}"
+    )
+    assert_devices_do_not_show(case, case.make(dtype, "cpu"), devices, monkeypatch)
 
 
 STATELESS = ("cms-whole-chunks", "cms-groups", "cms-packed-carried", "cms-within-a-chunk")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from backends import device_of
 from emulator import build, library, mutate
-from laws import evaluate
+from laws import assert_devices_do_not_show, evaluate
 
 import hope_ext
 from hope_ext import _check
@@ -170,15 +170,8 @@ DEVICES = {
 )
 def test_the_device_does_not_show_in_the_bits(emulated, monkeypatch, case, dtype):
     """Neither the order of threads nor how a device's size divides the work."""
-    arguments = case.make(dtype, "cpu")
-    expected = evaluate(case, arguments, "emulated")
-    for device, settings in DEVICES.items():
-        with monkeypatch.context() as patch:
-            for name, value in settings.items():
-                patch.setenv(name, value)
-            results = evaluate(case, arguments, "emulated")
-        for (name, a), (_, b) in zip(results, expected, strict=True):
-            assert torch.equal(a, b), f"{device}: {name}"
+    devices = DEVICES.values()
+    assert_devices_do_not_show(case, case.make(dtype, "cpu"), devices, monkeypatch)
 
 
 # ---- what CUDA's kernels do otherwise than the CPU's ---------------------------------------------
@@ -274,12 +267,5 @@ def test_the_hidden_size_is_a_multiple_of_16(emulated):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("deep-carried", "norm")], ids=str)
 def test_no_schedule_shows_in_the_bits_of_a_network(emulated, monkeypatch, case):
-    arguments = case.make(torch.bfloat16, "cpu")
-    expected = evaluate(case, arguments, "emulated")
-    for settings in ({"EMULATOR_SEED": "0"}, {"EMULATOR_SEED": "7"}, {"EMULATOR_THREADS": "2"}):
-        with monkeypatch.context() as patch:
-            for name, value in settings.items():
-                patch.setenv(name, value)
-            results = evaluate(case, arguments, "emulated")
-        for (name, a), (_, b) in zip(results, expected, strict=True):
-            assert torch.equal(a, b), f"{settings}: {name}"
+    devices = ({"EMULATOR_SEED": "0"}, {"EMULATOR_SEED": "7"}, {"EMULATOR_THREADS": "2"})
+    assert_devices_do_not_show(case, case.make(torch.bfloat16, "cpu"), devices, monkeypatch)

@@ -105,13 +105,7 @@ Inputs gather(const Tensor& x, const Tensor& target, const Tensor& lr, const Ten
     const at::ScalarType element = x.scalar_type(), state = accumulation_of(x);
     auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef sizes,
                      at::ScalarType type) {
-        TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, ": expected shape ", sizes, ", got ",
-                          tensor.sizes());
-        TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, ": expected ", type, ", got ",
-                         tensor.scalar_type());
-        TORCH_CHECK_VALUE(tensor.device() == x.device(), name, ": expected device ", x.device(),
-                          ", got ", tensor.device());
-        return tensor;
+        return checked_tensor(name, tensor, sizes, type, x.device());
     };
     if (on_cuda(x)) check_on_cuda(p, element);
     auto matrices = [&](const char* name, const Tensor& first, const Tensor& second) {

@@ -44,17 +44,23 @@ inline bool on_cuda([[maybe_unused]] const at::Tensor& tensor) {
 #endif
 }
 
-// The incoming gradient of an output with these sizes, contiguous; undefined if there is none.
+// An argument with these properties; undefined if it is absent.
+inline at::Tensor checked_tensor(const char* name, const std::optional<at::Tensor>& tensor,
+                                 at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+    if (!tensor) return {};
+    TORCH_CHECK_VALUE(tensor->sizes() == sizes, name, ": expected shape ", sizes, ", got ",
+                      tensor->sizes());
+    TORCH_CHECK_TYPE(tensor->scalar_type() == type, name, ": expected ", type, ", got ",
+                     tensor->scalar_type());
+    TORCH_CHECK_VALUE(tensor->device() == device, name, ": expected device ", device, ", got ",
+                      tensor->device());
+    return *tensor;
+}
+// The incoming gradient of an output, contiguous; undefined if there is none.
 inline at::Tensor checked_gradient(const char* name, const std::optional<at::Tensor>& gradient,
                                    at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
-    if (!gradient) return {};
-    TORCH_CHECK_VALUE(gradient->sizes() == sizes, name, ": expected shape ", sizes, ", got ",
-                      gradient->sizes());
-    TORCH_CHECK_TYPE(gradient->scalar_type() == type, name, ": expected ", type, ", got ",
-                     gradient->scalar_type());
-    TORCH_CHECK_VALUE(gradient->device() == device, name, ": expected device ", device, ", got ",
-                      gradient->device());
-    return gradient->contiguous();
+    const at::Tensor checked = checked_tensor(name, gradient, sizes, type, device);
+    return checked.defined() ? checked.contiguous() : checked;
 }
 
 // The bounds of packed sequences [N + 1]. Python looks at their values too, but not in traced code;

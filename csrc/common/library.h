@@ -25,12 +25,3 @@
 #else
 #define HOPE_OPERATORS(library) TORCH_LIBRARY_IMPL(hope, CPU, library)
 #endif
-
-// The same for a stem that has no CUDA kernels yet; the emulator's build compiles it and leaves it
-// unregistered.
-#ifdef HOPE_EMULATED
-#define HOPE_CPU_OPERATORS(library) \
-    [[maybe_unused]] static void hope_cpu_operators(torch::Library& library)
-#else
-#define HOPE_CPU_OPERATORS(library) TORCH_LIBRARY_IMPL(hope, CPU, library)
-#endif

@@ -136,7 +136,6 @@ class SelfmodTokens : public Base {
     DEVICE float& sum(int t, int i) const { return shared_.sums[t * Tiles::kSumStride + i]; }
     DEVICE float& apart(int t, int i) const { return shared_.apart[t * Tiles::kSumStride + i]; }
     DEVICE float& right(int row, int t) const { return *shared_.right.at(row, t); }
-    DEVICE float system(int t, int s) const { return shared_.system[s * Tiles::kScoreStride + t]; }
     // How much of the segment's first state is left before token t.
     DEVICE float left_before(int t) const { return shared_.gates.b[t]; }
     // body(i) for this thread's features of its group's token.

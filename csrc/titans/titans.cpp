@@ -122,14 +122,7 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
     const at::ScalarType element = q.scalar_type(), state = accumulation_of(q);
     auto check = [&](const char* name, const optional<Tensor>& tensor, at::IntArrayRef sizes,
                      at::ScalarType type) {
-        if (!tensor) return Tensor();
-        TORCH_CHECK_VALUE(tensor->sizes() == sizes, name, ": expected shape ", sizes, ", got ",
-                          tensor->sizes());
-        TORCH_CHECK_TYPE(tensor->scalar_type() == type, name, ": expected ", type, ", got ",
-                         tensor->scalar_type());
-        TORCH_CHECK_VALUE(tensor->device() == q.device(), name, ": expected device ", q.device(),
-                          ", got ", tensor->device());
-        return *tensor;
+        return checked_tensor(name, tensor, sizes, type, q.device());
     };
     auto rows = [&](const char* name, const Tensor& tensor, int64_t columns) {
         const Tensor checked = check(name, tensor, {batch, p.tokens, p.heads, columns}, element);
