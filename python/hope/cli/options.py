@@ -1,0 +1,103 @@
+"""What commands share: options, and where runs are."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from hope.config import RunConfig, override, to_dict
+from hope.errors import HopeError
+
+Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_RUNS = Path("runs")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that change a preset's settings."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text to train on: files, directories, globs (default: Python's standard library)",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--tokens", type=positive, help="how many bytes of text to train on")
+    budget.add_argument("--steps", type=positive, help="the same, in optimizer steps")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change one setting; may be repeated",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one that the build has kernels for (default: %(default)s)",
+    )
+
+
+def positive(text: str) -> int:
+    """A count such as 3000000, 3_000_000 or 3e6."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 2**63 or not value.is_integer():
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(value)
+
+
+def configured(options: argparse.Namespace, config: RunConfig) -> RunConfig:
+    """`config` with what the command line asks for."""
+    config = override(config, options.set)
+    if options.tokens is not None:
+        config = override(config, [f"train.tokens={options.tokens}"])
+    if options.steps is not None:
+        tokens = options.steps * config.train.tokens_per_step
+        config = override(config, [f"train.tokens={tokens}"])
+    if options.data is not None:
+        config = dataclasses.replace(config, data=tuple(options.data))
+    return config
+
+
+def refuse_changes(saved: RunConfig, asked: RunConfig) -> None:
+    if changes := _differences(to_dict(saved), to_dict(asked)):
+        raise HopeError(f"a resumed run keeps its settings, but these differ: {', '.join(changes)}")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{path}{name}.")
+        elif before != after:
+            found.append(f"{path}{name} ({before} in the run, {after} asked for)")
+    return found
+
+
+def new_run(name: str) -> Path:
+    number = 1
+    while _is_used(_numbered_run(name, number)):
+        number += 1
+    return _numbered_run(name, number)
+
+
+def latest_run(name: str) -> Path:
+    number = 1
+    while _is_used(_numbered_run(name, number + 1)):
+        number += 1
+    return _numbered_run(name, number)
+
+
+def _numbered_run(name: str, number: int) -> Path:
+    return _RUNS / (name if number == 1 else f"{name}-{number}")
+
+
+def _is_used(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))

@@ -1,0 +1,122 @@
+"""`hope train`."""
+
+import argparse
+from pathlib import Path
+
+from hope.checkpoint import find_checkpoint, load_config
+from hope.cli.options import (
+    Commands,
+    add_device,
+    add_settings,
+    configured,
+    latest_run,
+    new_run,
+    refuse_changes,
+)
+from hope.config import RunConfig
+from hope.data import load_corpus
+from hope.device import choose_device
+from hope.errors import HopeError
+from hope.model import parameter_count
+from hope.presets import PRESETS, preset
+from hope.train import Trainer, TrainResult
+
+_TRAINED = "hope-tiny"
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model on text",
+        description=(
+            "Trains a byte-level language model. Without options: the tiny HOPE model, on the\n"
+            "source of Python's standard library. Ctrl-C stops after the current step, with a\n"
+            "checkpoint that --resume continues from."
+        ),
+        epilog=(
+            "examples:\n"
+            "  hope train                                 hope-tiny on Python's own source\n"
+            "  hope train --data book.txt notes/          your text: files, directories, globs\n"
+            "  hope train --preset tiny                   the Titans model\n"
+            "  hope train --preset tiny-transformer       the Transformer to compare with\n"
+            "  hope train --steps 100 --set model.dim=192 --set train.lr=2e-3\n"
+            "  hope train --resume --out runs/hope-tiny   continue a stopped run\n"
+            "\n"
+            "--set takes any field of a run's config.json, for example model.layers, train.batch,\n"
+            "model.mixer.heads, train.sequence, train.seed; model.mixer=attention swaps the mixer."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        metavar="PRESET",
+        help=f"settings to start from, one of: {', '.join(PRESETS)} (default: {_TRAINED})",
+    )
+    add_settings(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where the files go (default: runs/PRESET, or runs/PRESET-2, ... if that is taken)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out (default: the preset's latest)",
+    )
+    add_device(parser)
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    if options.resume:
+        out = options.out or latest_run(options.preset or _TRAINED)
+        config = _resumed_config(options, out)
+    else:
+        config = configured(options, preset(options.preset or _TRAINED))
+        out = options.out or new_run(config.preset)
+    train = config.train
+    corpus = load_corpus(config.data, window=train.sequence)
+    trainer = Trainer(config, corpus, out, device, resume=options.resume)
+    millions = parameter_count(config.model) / 1e6
+    print(f"model  {config.preset}: {millions:.2f} M parameters, on {device}")
+    print(f"data   {corpus.description}")
+    print(
+        f"budget {train.steps:,} steps of {train.tokens_per_step:,} bytes "
+        f"({train.steps * train.tokens_per_step:,} in all)"
+    )
+    start = f", continued after step {trainer.step:,}" if options.resume else ""
+    print(f"out    {out}{start}", flush=True)
+    result = trainer.run()
+    _report(result, out)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def _resumed_config(options: argparse.Namespace, out: Path) -> RunConfig:
+    """The config of the run in `out`; what the command line says must agree with it."""
+    saved = load_config(find_checkpoint(out))
+    if options.preset not in (None, saved.preset):
+        raise HopeError(f"{out} is a run of preset {saved.preset!r}, not {options.preset!r}")
+    refuse_changes(saved, configured(options, saved))
+    return saved
+
+
+def _report(result: TrainResult, out: Path) -> None:
+    minutes, seconds = divmod(round(result.seconds), 60)
+    after = f"after {result.tokens:,} bytes, {minutes} min {seconds} s of training"
+    if result.validation_bits_per_byte is not None:
+        print(f"\nvalidation: {result.validation_bits_per_byte:.4f} bits per byte {after}")
+    if result.sample is not None:
+        print(f"\na sample:\n{result.sample}")
+    print("\nfiles:")
+    for name, path in result.files.items():
+        print(f"  {name:<11} {path}")
+    if result.signal is not None:
+        print(
+            f"\nstopped by {result.signal.name} {after}; "
+            f"continue with: hope train --resume --out {out}"
+        )
+    else:
+        print(f"\nmore text: hope generate {out} --prompt 'def '")

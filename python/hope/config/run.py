@@ -1,0 +1,83 @@
+"""How a model is trained, and on what."""
+
+from dataclasses import dataclass, field
+
+from hope.config.check import choose, require
+from hope.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Sizes are in tokens; `*_every` are in optimizer steps."""
+
+    tokens: int = 3_000_000
+    batch: int = 16
+    sequence: int = 256
+    lr: float = 4e-3
+    lr_final: float = 0.0  # the learning rate at the end, as a fraction of lr
+    schedule: str = "cosine"
+    warmup: float = 0.05  # fraction of the steps in which lr rises from 0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0
+    validate_every: int = 200
+    validation_tokens: int = 131_072
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    dtype: str = "float32"  # of the activations (autocast); weights and gates are float32
+    compile: bool = False  # through torch.compile
+    # Optimizer steps between two moves of each MLP of a CMS (hope.optim.MultiFrequency); empty: all
+    # weights move in every step.
+    level_periods: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("tokens", "batch", "sequence", "validate_every", "validation_tokens"),
+            *("checkpoint_every", "keep_checkpoints"),
+        ):
+            require(getattr(self, name) > 0, name, "at least 1", getattr(self, name))
+        for name in ("lr", "eps", "clip"):
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("beta1", "beta2", "warmup"):
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(0 <= self.lr_final <= 1, "lr_final", "in [0, 1]", self.lr_final)
+        require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        choose(self.schedule, "schedule", "cosine", "linear")
+        choose(self.dtype, "dtype", "float32", "bfloat16")
+        periods = self.level_periods
+        require(min(periods, default=1) > 0, "level_periods", "numbers above 0", periods)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.sequence
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the token budget pays for (at least one)."""
+        return max(1, self.tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run depends on; written into every checkpoint.
+
+    data: files, directories or glob patterns; empty: the source of Python's standard library.
+    """
+
+    preset: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        periods, cms = self.train.level_periods, self.model.cms
+        mlps = 0 if cms is None else cms.mlps
+        require(
+            len(periods) in (0, mlps),
+            "train.level_periods",
+            f"empty or one number for each of the {mlps} MLPs of model.cms",
+            periods,
+        )
