@@ -47,8 +47,8 @@ METHOD = {
     "cpu": "growth of the resident set's peak (VmHWM, reset through clear_refs) during the first "
     "step of a length, gradients and the optimizer's state included, in the process that all run "
     "in, after a step with a few tokens",
-    "cuda": "growth of torch.cuda.max_memory_allocated during the first step of a length, gradients "
-    "and the optimizer's state included",
+    "cuda": "growth of torch.cuda.max_memory_allocated during the first step of a length, "
+    "gradients and the optimizer's state included",
 }
 
 

@@ -37,10 +37,7 @@ _KINDS = (
     ("optimizer", ("adam", "Optimizer.", "_foreach_")),
     ("norm and softmax", ("norm", "softmax", "nll_loss", "cross_entropy")),
     ("embedding", ("embedding", "::index")),
-    (
-        "memory",
-        ("copy", "::cat", "::fill_", "::zero", "::empty", "::clone", "::to"),
-    ),
+    ("memory", ("copy", "::cat", "::fill_", "::zero", "::empty", "::clone", "::to")),
     ("autograd", ("autograd::", "Backward")),
 )
 _OTHER = "elementwise and other"

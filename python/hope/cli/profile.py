@@ -125,12 +125,8 @@ def _figures(operators: Sequence[OperatorFigures]) -> tuple[str, ...]:
         sum(getattr(operator, name) for operator in operators)
         for name in ("calls", "seconds", "share", "bytes")
     )
-    return (
-        f"{calls:,}",
-        f"{1e3 * seconds:,.2f}",
-        f"{share:.1%}",
-        f"{round(size / 2**20, 1) + 0.0:,.1f}",
-    )  # not -0.0
+    mebibytes = round(size / 2**20, 1) + 0.0  # not -0.0
+    return f"{calls:,}", f"{1e3 * seconds:,.2f}", f"{share:.1%}", f"{mebibytes:,.1f}"
 
 
 def _rates(operator: OperatorFigures, result: Profile) -> tuple[str, ...]:
