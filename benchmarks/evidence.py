@@ -40,9 +40,11 @@ VALIDATIONS = 5  # on the way, the last at the end
 POINTS = 100  # of a training curve that a result keeps
 SPREAD = 0.03  # by which a model's size may differ from the first one's
 
-# The same models at about 40 million parameters, for a GPU; `--set` may change any of it.
+# The same models at about 40 million parameters, for a GPU, whose kernels want the widths of a
+# continuum memory system's MLPs to be multiples of 16; `--set` may change any of it.
 LARGE = (
-    *("model.dim=512", "model.layers=12", "model.mixer.heads=8", "model.mixer.head_dim=64"),
+    *("model.dim=512", "model.layers=12", "model.mlp_ratio=3.75"),
+    *("model.mixer.heads=8", "model.mixer.head_dim=64"),
     *("train.batch=32", "train.sequence=1024", "train.lr=1e-3", "train.dtype=bfloat16"),
     *("train.warmup=0.02", "train.lr_final=0.1", "train.validation_tokens=1048576"),
 )
@@ -179,7 +181,7 @@ def same_size(configs: Sequence[RunConfig]) -> list[RunConfig]:
     """The configs, the MLPs of those that differ by more than SPREAD from the first made to fit.
 
     A width of the MLP makes up for what the mixers hold, as in the presets: `model.mlp_ratio`, in
-    sixteenths. HopeError where none does.
+    eighths. HopeError where none does.
     """
     aim = parameter_count(configs[0].model)
     fitted = [c if _spread(c, aim) <= SPREAD else _fitted(c, aim) for c in configs]
@@ -198,12 +200,12 @@ def _spread(config: RunConfig, aim: int) -> float:
 
 
 def _fitted(config: RunConfig, aim: int) -> RunConfig:
-    """The config with the `mlp_ratio`, at least a sixteenth, whose size is nearest to `aim`."""
+    """The config with the `mlp_ratio`, at least an eighth, whose size is nearest to `aim`."""
     ratio, size = config.model.mlp_ratio, parameter_count(config.model)
     wider = override(config, [f"model.mlp_ratio={ratio + 1}"])
     slope = parameter_count(wider.model) - size  # sizes are linear in the width
-    sixteenths = max(1, round(16 * (ratio + (aim - size) / slope)))
-    return override(config, [f"model.mlp_ratio={sixteenths / 16}"])
+    eighths = max(1, round(8 * (ratio + (aim - size) / slope)))
+    return override(config, [f"model.mlp_ratio={eighths / 8}"])
 
 
 def _compare(

@@ -37,10 +37,9 @@ from hope.model import parameter_count
 from hope.profile import TrainingStep
 
 from benchmarks import measure, report, sources
+from benchmarks.evidence import BASELINE, DEFAULT_PRESETS, LARGE, same_size
 from benchmarks.measure import Pace
 
-DEFAULT_PRESETS = ("hope-tiny-cms", "hope-tiny", "tiny", "hope-attention-tiny", "tiny-transformer")
-BASELINE = "tiny-transformer"
 LENGTHS = (1024, 4096, 16384, 65536)
 WARM_UP_TOKENS = 64
 METHOD = {
@@ -74,10 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         device = choose_device(options.device).type
-        changes = [*options.set, f"train.batch={options.batch}"]
-        contestants = [Contestant(override(preset(n), changes)) for n in options.presets]
+        changes = [*(LARGE if options.large else ()), *options.set, f"train.batch={options.batch}"]
+        configs = same_size([override(preset(name), changes) for name in options.presets])
     except HopeError as error:
         parser.error(str(error))
+    contestants = [Contestant(config) for config in configs]
     neighbours = report.Neighbours()
     path = sources.dated(options.out, f"throughput-{device}").with_suffix(".json")
     result: dict[str, Any] = {
@@ -123,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_PRESETS,
         metavar="PRESET",
         help=f"of: {', '.join(PRESETS)} (default: {', '.join(DEFAULT_PRESETS)})",
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="the sizes of `benchmarks.evidence --large`, for a GPU"
     )
     parser.add_argument(
         "--lengths",
