@@ -12,8 +12,8 @@ What would not fit is left out, and the table says why: a step that may take lon
 `--step-seconds`, judged by the length before (time grows at most with the length's square), or more
 memory than there is (it grows with the length), or that fails for want of memory.
 
-Also on the CPU's own clock: where other processes take turns on the cores, `cpu_seconds` of one
-thread tell more than the wall's.
+Also on the process's own clock: where other processes take turns on the cores, `cpu_seconds` of one
+thread tell more than the wall's, and they decide who is faster.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contestants = [Contestant(config) for config in configs]
     neighbours = report.Neighbours()
     path = sources.dated(options.out, f"throughput-{device}").with_suffix(".json")
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = "cpu_speed_ratio" if alone else "speed_ratio"
     result: dict[str, Any] = {
         "benchmark": "throughput",
         "command": shlex.join(["python", "-m", "benchmarks.throughput", *words]),
@@ -89,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "memory": METHOD[device] if measure.can_measure_memory(device) else "not measured",
         "parameters": {c.config.preset: parameter_count(c.config.model) for c in contestants},
         "baseline": BASELINE,
+        "crossovers_by": clock,
     }
     for tokens in sorted(options.lengths):
         _turns(contestants, tokens, device, options)
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "neighbours": machine,
             "warning": report.loaded(machine),
             "rows": rows,
-            "crossovers": crossovers(rows),
+            "crossovers": crossovers(rows, clock),
             "table": "\n\n".join(tables).splitlines(),
         }
         sources.write_json(path, result)
@@ -289,14 +292,17 @@ def _figures(facts: dict[str, Any], baseline: dict[str, Any] | None) -> dict[str
 # ---- the result ----------------------------------------------------------------------------------
 
 
-def crossovers(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For each preset but the baseline a sentence: from which length on it trains faster."""
+def crossovers(rows: Sequence[dict[str, Any]], clock: str) -> dict[str, str]:
+    """For each preset but the baseline a sentence: from which length on it trains faster.
+
+    clock: the rows' ratio that says so.
+    """
     found = {}
     for name in dict.fromkeys(row["preset"] for row in rows):
-        own = [row for row in rows if row["preset"] == name and "speed_ratio" in row]
+        own = [row for row in rows if row["preset"] == name and clock in row]
         if name == BASELINE or not own:
             continue
-        slower = [row["tokens"] for row in own if row["speed_ratio"] <= 1]
+        slower = [row["tokens"] for row in own if row[clock] <= 1]
         faster = [row["tokens"] for row in own if row["tokens"] > max(slower, default=0)]
         if faster:
             found[name] = f"{name}: faster than {BASELINE} from {min(faster):,} tokens on"
@@ -304,7 +310,7 @@ def crossovers(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
             last = own[-1]
             found[name] = (
                 f"{name}: slower than {BASELINE} up to {last['tokens']:,} tokens "
-                f"({last['speed_ratio']:.2f} times its speed there)"
+                f"({last[clock]:.2f} times its speed there)"
             )
     return found
 

@@ -5,6 +5,7 @@ No test looks at a speed."""
 from __future__ import annotations
 
 import json
+import re
 import signal
 import statistics
 
@@ -14,7 +15,7 @@ from hope import HopeError, Trainer, preset
 from hope.config import override
 from hope.model import parameter_count
 
-from benchmarks import evidence, throughput
+from benchmarks import evidence, sources, throughput
 
 NAMES = ("tiny", "tiny-transformer")
 SMALL = (
@@ -240,7 +241,7 @@ def test_a_step_left_out_says_why_in_the_table(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 TiB")
 
     monkeypatch.setattr(throughput.TrainingStep, "__call__", fail)
-    monkeypatch.setattr(throughput, "crossovers", lambda rows: {})
+    monkeypatch.setattr(throughput, "crossovers", lambda rows, clock: {})
     result = measured(tmp_path, "--presets", "tiny", "--lengths", "64")
     assert result["rows"][0]["reason"] == "out of memory: CUDA out of memory."
     assert "tiny       out of memory: CUDA out of memory." in result["table"][1]
@@ -248,7 +249,7 @@ def test_a_step_left_out_says_why_in_the_table(tmp_path, monkeypatch):
 
 def test_the_crossover_is_where_a_preset_stays_faster():
     def row(name: str, tokens: int, ratio: float) -> dict:
-        return {"preset": name, "tokens": tokens, "speed_ratio": ratio}
+        return {"preset": name, "tokens": tokens, "cpu_speed_ratio": ratio, "speed_ratio": 9.0}
 
     ratios = {"a": (0.5, 1.5, 2.0), "b": (0.5, 1.5, 0.9), "c": (1.1, 1.2, 1.3)}
     rows = [
@@ -256,8 +257,30 @@ def test_the_crossover_is_where_a_preset_stays_faster():
         for name, values in ratios.items()
         for tokens, ratio in zip((1024, 4096, 16384), values, strict=True)
     ]
-    assert throughput.crossovers(rows) == {
+    assert throughput.crossovers(rows, "cpu_speed_ratio") == {
         "a": "a: faster than tiny-transformer from 4,096 tokens on",
         "b": "b: slower than tiny-transformer up to 16,384 tokens (0.90 times its speed there)",
         "c": "c: faster than tiny-transformer from 1,024 tokens on",
     }
+
+
+# ---- docs/evidence.md ----------------------------------------------------------------------------
+
+
+def test_the_documents_tables_are_those_of_the_results():
+    """Every block of text is some lines of the table in the file that was linked last."""
+    page = sources.ROOT / "docs" / "evidence.md"
+    found = re.findall(
+        r"\((\.\./benchmarks/results/[\w.-]+\.json)\)|^```text\n(.*?)^```",
+        page.read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    checked, rows = 0, []
+    for path, block in found:
+        if path:
+            result = json.loads((page.parent / path).read_text())
+            rows = [*result["table"], *result.get("crossovers", {}).values()]
+            continue
+        assert set(block.splitlines()) <= {"", *rows}
+        checked += 1
+    assert checked

@@ -3,9 +3,9 @@
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-import hope_ext
 from hope.cli.options import Commands
 from hope.errors import HopeError
 
@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    checkout = Path(hope_ext.__file__).resolve().parent.parent
+    checkout = Path(find_spec("hope_ext").origin).resolve().parent.parent
     if not (checkout / "benchmarks" / "ops.py").is_file():
         raise HopeError(
             "the benchmarks are in the checkout and not in the installed package, and hope_ext is "
