@@ -5,12 +5,41 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hope.config import RunConfig, override, to_dict
+from hope.config import DataConfig, RunConfig, override, to_dict
 from hope.data import corpus_tokenizer
 from hope.errors import HopeError
 
 Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _RUNS = Path("runs")
+_SOURCES = "files, directories, globs, .jsonl, .parquet, data sets"
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The options that say where documents are."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help=f"text: {_SOURCES} (default: Python's standard library)",
+    )
+    parser.add_argument(
+        "--field",
+        default=DataConfig.field,
+        help="where JSON lines, Parquet files and data sets hold it (default: %(default)s)",
+    )
+
+
+def source(options: argparse.Namespace) -> DataConfig:
+    return DataConfig(paths=tuple(options.data), field=options.field)
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="a tokenizer.json, as hope tokenizer writes it (default: bytes)",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -19,18 +48,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="PATH",
-        help=(
-            "text to train on: files, directories, globs, shards, data sets (default: Python's "
-            "standard library)"
-        ),
+        help=f"text to train on: {_SOURCES}, shards (default: Python's standard library)",
     )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="a tokenizer.json, as `hope tokenizer` writes it (default: bytes)",
-    )
+    add_tokenizer(parser)
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--tokens", type=positive, help="how many bytes of text to train on")
+    budget.add_argument("--tokens", type=positive, help="how many tokens (bytes) to train on")
     budget.add_argument("--steps", type=positive, help="the same, in optimizer steps")
     parser.add_argument(
         "--set",

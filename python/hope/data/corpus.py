@@ -44,7 +44,7 @@ class Corpus:
                 else tokens.fingerprint.encode()
             )
             digest.update(len(tokens).to_bytes(8, "big") + content)
-        if self.tokenizer is not BYTES:
+        if self.tokenizer.fingerprint != BYTES.fingerprint:
             digest.update(self.tokenizer.fingerprint.encode())
         return digest.hexdigest()
 

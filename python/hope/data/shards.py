@@ -142,7 +142,7 @@ def load_shards(directories: Sequence[Path]) -> tuple[MappedTokens, MappedTokens
             raise HopeError(f"cannot read the shards in {directory}: {error!r}") from error
     named = ", ".join(map(str, directories[:3])) + (", ..." if len(directories) > 3 else "")
     count = sum(len(side.shards) for side in sides)
-    return *sides, f"{named} ({count:,} shards, {documents:,} documents)"
+    return *sides, f"{named} (shards: {count:,}, documents: {documents:,})"
 
 
 def _map(directory: Path, shard: dict[str, Any], kind: np.dtype) -> TokenShard:
