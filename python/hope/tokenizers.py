@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
         """How many bytes each token stands for, int64 [vocab_size]; 0 for the separator."""
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The tokens of a text, 1-D integers, without separators."""
+        """The tokens of a text, 1-D unsigned integers, without separators."""
 
     def encode_all(self, texts: Iterable[bytes]) -> Iterator[np.ndarray]:
         """`encode` of many texts, in their order, with what parallelism there is."""

@@ -138,8 +138,10 @@ def load_shards(directories: Sequence[Path]) -> tuple[MappedTokens, MappedTokens
                 shards = [_map(directory, shard, kind) for shard in side["files"]]
                 sides[i] += MappedTokens(shards, side["fingerprint"])
                 documents += side["documents"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise HopeError(f"cannot read the shards in {directory}: {error!r}") from error
+        except OSError as error:
+            raise HopeError(f"cannot read {error.filename}: {error.strerror}") from error
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise HopeError(f"{directory / _INDEX} is damaged: {error!r}") from error
     named = ", ".join(map(str, directories[:3])) + (", ..." if len(directories) > 3 else "")
     count = sum(len(side.shards) for side in sides)
     return *sides, f"{named} (shards: {count:,}, documents: {documents:,})"
