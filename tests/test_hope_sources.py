@@ -298,6 +298,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
         raise HopeError("a broken line")
 
     (tmp_path / ".partial-other-1").mkdir()  # of another process, which is still at work
+    (tmp_path / ".partial-shards-1").mkdir()  # of one that was killed
     with pytest.raises(HopeError, match="a broken line"):
         write_shards(documents(), BYTES, tmp_path / "shards")
     assert [path.name for path in tmp_path.iterdir()] == [".partial-other-1"]

@@ -22,6 +22,7 @@ class TokenShard:
     starts: np.ndarray
 
     def part(self, start: int, stop: int) -> "TokenShard":
+        """Its tokens from `start` to before `stop`."""
         first, last = np.searchsorted(self.starts, (start, stop))
         return TokenShard(self.tokens[start:stop], self.starts[first:last] - start)
 
