@@ -305,15 +305,23 @@ def test_damaged_shards_are_named(tmp_path):
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    at_work = set()
+
     def documents():
         yield False, BYTES.encode(b"some text")
+        at_work.update(path.name for path in tmp_path.iterdir())
         raise HopeError("a broken line")
 
-    (tmp_path / ".partial-other-1").mkdir()  # of another process, which is still at work
-    (tmp_path / ".partial-shards-1").mkdir()  # of one that was killed
+    other = ".partial-other"  # of another process, which is still at work
+    (tmp_path / other).mkdir()
     with pytest.raises(HopeError, match="a broken line"):
         write_shards(documents(), BYTES, tmp_path / "shards")
-    assert [path.name for path in tmp_path.iterdir()] == [".partial-other-1"]
+    assert [path.name for path in tmp_path.iterdir()] == [other]
+    # What a writer leaves that was killed is removed by the next one.
+    (left,) = at_work - {other}
+    (tmp_path / left).mkdir()
+    write_shards(tokenized(named(TEXTS), BYTES), BYTES, tmp_path / "shards")
+    assert {path.name for path in tmp_path.iterdir()} == {other, "shards"}
 
 
 def test_the_command_writes_shards_that_the_trainer_reads(tmp_path, monkeypatch, capsys):
