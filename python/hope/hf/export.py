@@ -1,0 +1,50 @@
+"""From a run of ours to a directory that transformers reads."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hope.checkpoint import load_model
+from hope.data import VOCAB_SIZE
+from hope.errors import HopeError
+from hope.hf.model import HopeForCausalLM
+from hope.hf.tokenizer import HopeByteTokenizer
+
+
+def from_run(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[HopeForCausalLM, PreTrainedTokenizerBase]:
+    """The model of a run (its newest checkpoint) or of one checkpoint, and its tokenizer.
+
+    The model is in evaluation mode. Its generation config ends a text at the separator, and never
+    writes an id that stands for nothing, so that `generate` writes what `hope.generate` does.
+    """
+    model, tokenizer = load_model(path, device), HopeByteTokenizer()
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise HopeError(
+            f"{path}: vocab_size must be at least {VOCAB_SIZE} for a byte-level model, "
+            f"not {model.config.vocab_size}"
+        )
+    padding = tokenizer.pad_token_id
+    wrapper = HopeForCausalLM.from_language_model(
+        model,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding if padding < model.config.vocab_size else tokenizer.eos_token_id,
+    )
+    unused = list(range(VOCAB_SIZE, model.config.vocab_size))
+    wrapper.generation_config.suppress_tokens = unused or None
+    return wrapper, tokenizer
+
+
+def export(path: str | Path, out: str | Path) -> None:
+    """Writes the run or checkpoint `path` to the directory `out`, for `from_pretrained`.
+
+    Raises HopeError where `path` holds no model, or `out` is something already.
+    """
+    if Path(out).exists():
+        raise HopeError(f"{out} exists already; export to a new directory")
+    model, tokenizer = from_run(path)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
