@@ -183,6 +183,9 @@ def test_the_vocabulary_can_grow():
     after = model(tokens).logits
     assert after.shape[-1] == 300
     torch.testing.assert_close(after[..., :264], before)
+    model.resize_token_embeddings(4000, mean_resizing=False)
+    scale = model.model.embedding.weight[300:].std().item()
+    assert scale == pytest.approx(32**-0.5, rel=0.02)
 
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -258,6 +261,28 @@ def test_padded_rows_are_each_as_alone(model, side):
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
+def test_padding_alone_changes_nothing(model):
+    """Before the text, and after it."""
+    row, more = random_tokens(1, 9), random_tokens(1, 3, seed=2)
+    cache, mask = hf.HopeCache(), torch.tensor([[0] * 4 + [1] * 9 + [0] * 2 + [1] * 3])
+    ids = torch.cat((torch.full((1, 4), 257), row, torch.full((1, 2), 257), more), 1)
+    logits, start = [], 0
+    for stop in (2, 13, 15, 18):
+        part = model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
+        logits.append(part.logits)
+        start = stop
+    actual = torch.cat(logits, 1)[mask.bool()]
+    expected = model(torch.cat((row, more), 1)).logits[0]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_attention_holds_no_more_than_the_longest_text():
+    model = wrapped("attention")
+    ids, mask = padded([random_tokens(9), random_tokens(2), random_tokens(4)], length=20)
+    cache = model(ids, attention_mask=mask).cache
+    assert [layer.keys.shape[2] for layer in cache.state.layers] == [9, 9]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_loss_of_padded_rows_is_that_of_their_texts(side):
     model, rows = wrapped(), [random_tokens(n, seed=n) for n in (9, 2, 14)]
@@ -273,7 +298,8 @@ def test_the_loss_of_padded_rows_is_that_of_their_texts(side):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
-def test_activation_checkpointing_computes_blocks_twice_and_the_same(name):
+@pytest.mark.parametrize("length", [9, 4])
+def test_activation_checkpointing_computes_blocks_twice_and_the_same(name, length):
     gradients, calls = [], []
     for checkpointing in (False, True):
         model = wrapped(name).train()
@@ -281,7 +307,7 @@ def test_activation_checkpointing_computes_blocks_twice_and_the_same(name):
             model.activation_checkpointing_enable()
         count = []
         model.model.blocks[0].mixer_norm.register_forward_hook(lambda *_, n=count: n.append(1))
-        ids, mask = padded([random_tokens(9), random_tokens(4)])
+        ids, mask = padded([random_tokens(9), random_tokens(length)])
         model(ids, attention_mask=mask, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
         calls.append(len(count))
