@@ -6,6 +6,7 @@ import pytest
 import torch
 from hope import HopeError, LanguageModel, ModelConfig, RunConfig, TitansConfig, decode, generate
 from hope.config import to_dict
+from hope.tokenizers import BYTES, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ CONFIG = ModelConfig(
 )
 
 
-def write_run(path, vocab_size=264, seed=0):
+def write_run(path, vocab_size=264, seed=0, tokenizer=BYTES):
     """A checkpoint with an untrained model, which a run's directory stands for, too."""
     torch.manual_seed(seed)
     config = RunConfig(model=ModelConfig(**{**vars(CONFIG), "vocab_size": vocab_size}))
@@ -26,6 +27,7 @@ def write_run(path, vocab_size=264, seed=0):
     with torch.no_grad():  # or it repeats the last byte
         model.blocks[0].mixer.out.weight.mul_(20)
     path.mkdir()
+    tokenizer.save(path)
     save_file(model.state_dict(), path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(to_dict(config)))
     return model
@@ -99,6 +101,30 @@ def test_an_exported_run_writes_what_hope_generate_writes(tmp_path):
         assert set(row[ended + 1 :].tolist()) <= {257}
 
 
+@pytest.mark.parametrize("room", [0, 1, 4])
+def test_a_run_with_a_tokenizer_json_takes_it_along(tmp_path, room):
+    """room: how many ids the model has that are no tokens; padding takes the first."""
+    trained = train_tokenizer([b"def f(x):\n    return x\n", "été 世界".encode()] * 9, 290)
+    ours = write_run(tmp_path / "run", trained.vocab_size + room, tokenizer=trained)
+    hf.export(tmp_path / "run", tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert isinstance(tokenizer, transformers.PreTrainedTokenizerFast)
+    text = "def g(é界):  <|endoftext|> <|pad|> x .\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [trained.separator, *trained.encode(text.encode())]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.eos_token_id == model.config.eos_token_id == trained.separator
+    assert model.config.pad_token_id == (trained.vocab_size if room else trained.separator)
+    prompts = ["def f(x):", "é"]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    assert batch["attention_mask"][1, 0] == 0
+    written = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    for prompt, row in zip(prompts, written[:, batch["input_ids"].shape[1] :], strict=True):
+        expected = list(generate(ours, prompt, length=12, temperature=0, tokenizer=trained))
+        assert row[: len(expected)].tolist() == expected
+
+
 def test_generation_stops_at_the_separator_and_writes_no_unused_id(tmp_path):
     write_run(tmp_path / "run")
     model, tokenizer = hf.from_run(tmp_path / "run")
@@ -140,7 +166,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(HopeError, match="no such run or checkpoint"):
         hf.export(tmp_path / "nowhere", tmp_path / "out")
     write_run(tmp_path / "run", vocab_size=64)
-    with pytest.raises(HopeError, match=r"run: vocab_size must be at least 257 .* not 64"):
+    with pytest.raises(HopeError, match=r"run: vocab_size must be at least 257, .* not 64"):
         hf.export(tmp_path / "run", tmp_path / "out")
     with pytest.raises(HopeError, match="exists already"):
         hf.export(tmp_path / "run", tmp_path)

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hope.checkpoint import load_model
-from hope.data import VOCAB_SIZE
+from hope.checkpoint import find_checkpoint, load_model
 from hope.errors import HopeError
 from hope.hf.model import HopeForCausalLM
-from hope.hf.tokenizer import HopeByteTokenizer
+from hope.hf.tokenizer import HopeByteTokenizer, fast_tokenizer
+from hope.tokenizers import BYTES, load_tokenizer
 
 
 def from_run(
@@ -20,20 +20,27 @@ def from_run(
     The model is in evaluation mode. Its generation config ends a text at the separator, and never
     writes an id that stands for nothing, so that `generate` writes what `hope.generate` does.
     """
-    model, tokenizer = load_model(path, device), HopeByteTokenizer()
-    if model.config.vocab_size < VOCAB_SIZE:
+    checkpoint = find_checkpoint(Path(path))
+    model, ours = load_model(checkpoint, device), load_tokenizer(checkpoint)
+    size = model.config.vocab_size
+    if size < ours.vocab_size:
         raise HopeError(
-            f"{path}: vocab_size must be at least {VOCAB_SIZE} for a byte-level model, "
-            f"not {model.config.vocab_size}"
+            f"{checkpoint}: vocab_size must be at least {ours.vocab_size}, the tokenizer's, "
+            f"not {size}"
         )
+    if ours is BYTES:
+        tokenizer = HopeByteTokenizer()
+    else:
+        tokenizer = fast_tokenizer(checkpoint / "tokenizer.json", ours.separator)
     padding = tokenizer.pad_token_id
     wrapper = HopeForCausalLM.from_language_model(
         model,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=padding if padding < model.config.vocab_size else tokenizer.eos_token_id,
+        # What ends a batch's shorter texts is read, unlike padding in front: it needs an id.
+        pad_token_id=padding if padding < size else tokenizer.eos_token_id,
     )
-    unused = list(range(VOCAB_SIZE, model.config.vocab_size))
+    unused = list(range(ours.vocab_size, size))
     wrapper.generation_config.suppress_tokens = unused or None
     return wrapper, tokenizer
 

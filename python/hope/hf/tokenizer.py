@@ -1,9 +1,14 @@
-"""The tokenizer of byte-level runs."""
+"""The tokenizers of runs: of bytes, and those with a tokenizer.json."""
 
-from transformers import AddedToken, PreTrainedTokenizer
+from pathlib import Path
 
-from hope.data import SEPARATOR
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from hope.tokenizers import SEPARATOR
+
+_PAD_NAME = "<|pad|>"
 _PAD = SEPARATOR + 1  # in no text: the first of the ids that fill a model's vocabulary up
 
 
@@ -22,7 +27,7 @@ class HopeByteTokenizer(PreTrainedTokenizer):
         self,
         bos_token: str | AddedToken = "<|separator|>",
         eos_token: str | AddedToken = "<|separator|>",
-        pad_token: str | AddedToken = "<|pad|>",
+        pad_token: str | AddedToken = _PAD_NAME,
         **kwargs,
     ) -> None:
         self._added_tokens_decoder = {
@@ -68,3 +73,25 @@ class HopeByteTokenizer(PreTrainedTokenizer):
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
         return ()  # there is nothing to know
+
+
+def fast_tokenizer(file: Path, separator: int) -> PreTrainedTokenizerFast:
+    """The tokenizer.json of a run, of which `hope.tokenizers` has read that it can be used.
+
+    Like HopeByteTokenizer: the separator stands before every text and ends generation, padding is
+    on the left and a token of its own, and no text is taken for a special token.
+    """
+    tokenizer = Tokenizer.from_file(str(file))
+    name = tokenizer.id_to_token(separator)
+    tokenizer.post_processor = TemplateProcessing(
+        single=[name, "$A"], pair=[name, "$A", name, "$B"], special_tokens=[(name, separator)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=name,
+        eos_token=name,
+        pad_token=_PAD_NAME,
+        padding_side="left",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
