@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hope.checkpoint import find_checkpoint, load_model
 from hope.errors import HopeError
+from hope.files import atomic_directory
 from hope.hf.model import HopeForCausalLM
 from hope.hf.tokenizer import HopeByteTokenizer, fast_tokenizer
 from hope.tokenizers import BYTES, load_tokenizer
@@ -53,5 +54,6 @@ def export(path: str | Path, out: str | Path) -> None:
     if Path(out).exists():
         raise HopeError(f"{out} exists already; export to a new directory")
     model, tokenizer = from_run(path)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with atomic_directory(Path(out)) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)

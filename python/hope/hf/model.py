@@ -113,12 +113,11 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             raise HopeError(f"labels must have the shape of input_ids, {expected}, not {got}")
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise HopeError("logits_to_keep must be 0 with labels: the loss is that of all tokens")
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is not None:
             _check_cache(cache, input_ids)
-        elif use_cache and not checkpointing:
+        elif use_cache:
             cache = HopeCache()
         real = _real(attention_mask, input_ids, 0 if cache is None else cache.get_seq_length())
         x, state = self._read(input_ids, real, None if cache is None else cache.state)
