@@ -18,6 +18,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = choose_device(options.device).type
         seeds = {seed: _configs(options, seed) for seed in options.seeds}
-        corpus = load_corpus(options.data, window=seeds[options.seeds[0]][0].train.sequence)
+        first = seeds[options.seeds[0]][0]
+        corpus = load_corpus(first.data, window=first.train.sequence)
         print(f"data  {corpus.description}", flush=True)
         for seed, configs in seeds.items():
             print(f"seed  {seed}", flush=True)
@@ -173,6 +175,7 @@ def _configs(options: argparse.Namespace, seed: int) -> list[RunConfig]:
     changes = [*(LARGE if options.large else ()), *options.set, f"train.seed={seed}"]
     tokens = options.tokens or (LARGE_TOKENS if options.large else TOKENS)
     configs = comparable([override(preset(n), changes) for n in options.presets], tokens)
+    configs = [replace(c, data=replace(c.data, paths=tuple(options.data))) for c in configs]
     every = math.ceil(configs[0].train.steps / VALIDATIONS)
     return same_size([override(c, [f"train.validate_every={every}"]) for c in configs])
 

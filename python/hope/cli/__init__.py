@@ -6,11 +6,21 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hope.cli import bench, compare, evaluate, generate, info, profile, train
+from hope.cli import (
+    bench,
+    compare,
+    evaluate,
+    generate,
+    info,
+    profile,
+    shards,
+    tokenizer,
+    train,
+)
 from hope.errors import HopeError
 from hope.train import TrainingDiverged
 
-_COMMANDS = (train, compare, evaluate, generate, profile, bench, info)
+_COMMANDS = (train, compare, evaluate, generate, profile, tokenizer, shards, bench, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
