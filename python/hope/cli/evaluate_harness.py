@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from hope.cli.options import Commands, add_judged, positive
+from hope.cli.options import Commands, add_judged, judged_out, positive
 from hope.device import choose_device
 from hope.evaluate.reader import Reader
 from hope.evaluate.result import write_result
@@ -64,11 +64,11 @@ def _run(options: argparse.Namespace) -> int:
     from hope.evaluate import harness
 
     reader = Reader.of_run(options.run, choose_device(options.device), batch=options.batch)
+    out = judged_out(options, "harness")
     results = harness.run_tasks(
         reader, options.tasks, options.include_path, shots=options.shots, limit=options.limit
     )
     print(harness.table(results))
-    out = options.out or options.run / "harness.json"
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     write_result(out, options.run, "harness", {key: results.get(key) for key in kept})
     print(f"out    {out}")

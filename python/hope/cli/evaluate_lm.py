@@ -4,7 +4,7 @@ import argparse
 
 from tqdm import tqdm
 
-from hope.cli.options import Commands, add_judged, positive
+from hope.cli.options import Commands, add_judged, judged_out, positive
 from hope.data import _documents as documents
 from hope.device import choose_device
 from hope.evaluate.lm import predict, table
@@ -47,13 +47,13 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     reader = Reader.of_run(options.run, choose_device(options.device), batch=options.batch)
+    out = judged_out(options, "lm")
     results = []
     for length in options.length or [None]:
         texts, source = documents(options.data)
         bar = tqdm(texts, desc=f"{length:,} tokens" if length else "whole texts", leave=False)
-        results.append(predict(reader, bar, length))
+        results.append(predict(reader, (document.text for document in bar), length))
     print(f"data   {source}\n\n{table(results)}")
-    out = options.out or options.run / "lm.json"
     write_result(out, options.run, "lm", {"data": options.data, "results": results})
     print(f"\nout    {out}")
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from hope.cli.options import Commands, add_judged, positive
+from hope.cli.options import Commands, add_judged, judged_out, positive
 from hope.device import choose_device
 from hope.errors import HopeError
 from hope.evaluate.needle import haystack, search, table
@@ -71,6 +71,7 @@ def add(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     sentences = [] if options.haystack is None else haystack(_read(options.haystack))
     reader = Reader.of_run(options.run, choose_device(options.device), batch=options.batch)
+    out = judged_out(options, "needle")
     results = search(
         reader,
         options.length,
@@ -83,7 +84,6 @@ def _run(options: argparse.Namespace) -> int:
     print("the share that was likeliest of the choices / that was written:\n")
     print(table(results))
     print(f"\nguessing is right in {1 / options.choices:.2f} of the choices")
-    out = options.out or options.run / "needle.json"
     asked = {
         "choices": options.choices,
         "seed": options.seed,

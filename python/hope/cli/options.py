@@ -61,6 +61,14 @@ def add_judged(parser: argparse.ArgumentParser, task: str) -> None:
     add_device(parser)
 
 
+def judged_out(options: argparse.Namespace, task: str) -> Path:
+    """Where the figures go; HopeError now rather than after hours if that cannot be."""
+    out = options.out or options.run / f"{task}.json"
+    if not out.parent.is_dir():
+        raise HopeError(f"there is no directory {out.parent} to write {out.name} into")
+    return out
+
+
 def positive(text: str) -> int:
     """A count such as 3000000, 3_000_000 or 3e6."""
     try:

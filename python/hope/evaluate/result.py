@@ -9,7 +9,6 @@ import torch
 
 import hope_ext
 from hope.checkpoint import find_checkpoint, load_config
-from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.model import parameter_count
 
@@ -17,7 +16,7 @@ from hope.model import parameter_count
 def write_result(path: Path, run: Path, task: str, content: dict[str, Any]) -> None:
     """Writes a JSON object: the task, the model and the machine, then `content`.
 
-    run: a run or checkpoint. HopeError where there is no such directory as `path` is to be in.
+    run: a run or checkpoint.
     """
     checkpoint = find_checkpoint(run)
     config = load_config(checkpoint)
@@ -31,7 +30,5 @@ def write_result(path: Path, run: Path, task: str, content: dict[str, Any]) -> N
         "machine": platform.machine(),
         "build": hope_ext.build_info(),
     }
-    if not path.parent.is_dir():
-        raise HopeError(f"there is no directory {path.parent} to write {path.name} into")
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(about | content, indent=1) + "\n")
