@@ -13,6 +13,7 @@ from hope.config import override
 from hope.evaluate.lm import predict
 from hope.evaluate.needle import DIGITS, Needle, find, haystack, make_needle, search, table
 from hope.evaluate.reader import Reader
+from hope.tokenizers import train_tokenizer
 from torch import nn
 
 SMALL = ["model.dim=32", "model.layers=2", "model.mixer.heads=2", "model.mixer.head_dim=16"]
@@ -158,9 +159,36 @@ def test_only_a_separator_has_no_bits_per_byte():
     result = predict(Reader(model()), [b"", b"z" * 64])
     last = result["positions"][-1]
     assert (last["from"], last["tokens"], last["bytes"], last["bits_per_byte"]) == (64, 1, 0, None)
-    assert predict(Reader(model()), []) is None
+    with pytest.raises(HopeError, match="texts must hold at least one document, not none"):
+        predict(Reader(model()), [])
     with pytest.raises(HopeError, match="length must be at least 1, not 0"):
         predict(Reader(model()), [b"text"], 0)
+
+
+def test_tokens_of_a_vocabulary_count_as_the_bytes_they_are():
+    pytest.importorskip("tokenizers", reason="a tokenizer.json is read with it: extra data")
+    texts = [b"the quick brown fox " * 9, "caf\u00e9 und Caf\u00e9".encode() * 3]
+    tokenizer = train_tokenizer(texts, 300)
+    torch.manual_seed(0)
+    settings = [*SMALL, f"model.vocab_size={tokenizer.vocab_size}"]
+    m = LanguageModel(override(preset("tiny"), settings).model).eval()
+    reader = Reader(m, tokenizer, block=5)
+    result = predict(reader, texts)
+    nats = 0.0
+    for text in texts:
+        tokens = [tokenizer.separator, *tokenizer.encode(text).tolist(), tokenizer.separator]
+        nats -= at_once(m, tokens).sum().item()
+    size = sum(map(len, texts))
+    assert result["bytes"] == sum(place["bytes"] for place in result["positions"]) == size
+    assert result["tokens"] < size / 2
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    # A needle's length is one in tokens, too, and what is written is text.
+    needle = make_needle(reader, 200, 0.5, random.Random(0))
+    whole = 1 + len(reader.encode(needle.text)) + len(reader.encode(f" {needle.key}"))
+    assert 150 < whole <= 200
+    (answer,) = find(reader, [needle])
+    assert answer["ranked"] in needle.choices
+    assert len(answer["written"].encode()) <= 3 * (1 + DIGITS)
 
 
 # ---- needle ------------------------------------------------------------------------------------
