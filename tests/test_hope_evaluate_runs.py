@@ -11,7 +11,7 @@ from hope import HopeError, LanguageModel, generate, preset
 from hope.cli import main
 from hope.config import override
 from hope.evaluate.lm import predict
-from hope.evaluate.needle import DIGITS, Needle, find, haystack, make_needle, search, table
+from hope.evaluate.needle import DIGITS, FILLER, Needle, find, haystack, make_needle, search, table
 from hope.evaluate.reader import Reader
 from hope.tokenizers import train_tokenizer
 from torch import nn
@@ -87,6 +87,20 @@ def test_no_call_is_longer_than_a_block(monkeypatch):
     assert sum(tokens for _, tokens in sizes) == 200
 
 
+def test_texts_that_have_ended_leave_the_batch(monkeypatch):
+    m, sizes = model(), []
+    features = m.features
+    monkeypatch.setattr(
+        m, "features", lambda x, *rest: sizes.append(tuple(x.shape)) or features(x, *rest)
+    )
+    reader = Reader(m, block=16)
+    list(reader.read(random_texts(10, 50, 33, 1)))
+    assert sizes == [(3, 16), (2, 16), (1, 16), (1, 1)]
+    sizes.clear()
+    reader.states(random_texts(10, 50, 33, 10))
+    assert sizes == [(4, 10), (2, 16), (2, 7), (1, 16), (1, 1)]
+
+
 def test_scores_count_what_is_asked_and_tell_what_is_likeliest():
     m = model()
     reader, texts = Reader(m, block=4, batch=2), random_texts(12, 7, 9)
@@ -110,6 +124,11 @@ def test_a_continuation_is_what_generate_writes():
     written = [token for token, _ in zip(following, range(30), strict=False)]
     assert written == list(generate(m, b"some text", length=30, temperature=0))[: len(written)]
     assert written
+
+
+def test_a_continuation_ends_where_the_model_ends_the_text():
+    (state,) = Reader(Finder()).states([[256, *b"The pass key is 12345. The pass key i"]])
+    assert bytes(Reader(Finder()).continuation(ord("s"), state)) == b" 12345"
 
 
 def test_a_reader_refuses_nothing_to_read_with():
@@ -235,11 +254,12 @@ def test_a_needle_is_told_once_and_asked_for_at_the_end():
             assert needle.key in needle.choices
             assert len(set(needle.choices)) == 10
             assert all(re.fullmatch(r"[1-9]\d{4}", choice) for choice in needle.choices)
-            whole = 1 + len(needle.text) + 1 + DIGITS  # the separator, and the answer
-            assert length - len(" There and back again.") < whole <= length
             hay = [needle.text[: told[0].start()], needle.text[told[0].end() :]]
             before, after = (len(re.findall(r"(green|blue|yellow|go|again)\.", h)) for h in hay)
             assert before == round(depth * (before + after))
+            whole = 1 + len(needle.text) + 1 + DIGITS  # the separator, and the answer
+            one_more = re.findall(r"[^.]+\.", FILLER)[(before + after) % 5].strip()
+            assert whole <= length < whole + len(f" {one_more}")
 
 
 def test_needles_are_drawn_by_the_seed():

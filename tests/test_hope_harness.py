@@ -109,7 +109,7 @@ def test_rolling_likelihoods_are_those_of_whole_texts(model):
         assert value == pytest.approx(log_p(model, "", text)[0], abs=1e-3)
 
 
-def test_what_is_generated_is_what_generate_writes_up_to_a_stop(model):
+def test_what_is_generated_is_what_generate_writes_up_to_a_stop(model, monkeypatch):
     whole = [written(model, text, 40) for text in ("some text", "x")]
     stop = whole[0][5:7]
     lm = HopeLM(Reader(model, batch=2, block=4))
@@ -122,6 +122,12 @@ def test_what_is_generated_is_what_generate_writes_up_to_a_stop(model):
     assert generated(("some text", {**limit, "until": [stop]})) == [whole[0].split(stop)[0]]
     assert generated(("x", {"max_gen_toks": 0})) == [""]
     assert len(generated(("some text", {"until": ["no such"]}))[0]) <= 256
+
+    calls, features = [], model.features  # what comes after a stop is not written
+    monkeypatch.setattr(model, "features", lambda x, *rest: calls.append(x) or features(x, *rest))
+    generated(("some text", {**limit, "until": [stop]}))
+    context = math.ceil(len("some text") / 4)
+    assert len(calls) == context + len((whole[0].split(stop)[0] + stop).encode())
 
 
 def test_sampling_follows_torchs_seed(model):
