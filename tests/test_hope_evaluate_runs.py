@@ -76,6 +76,17 @@ def test_a_state_is_what_all_answers_start_from(name):
             assert log_p == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["hope-tiny-cms", "tiny-mac", "tiny-conv-attention"])
+def test_a_run_in_bfloat16_is_read_in_bfloat16(name):
+    m, (text,) = model(name), random_texts(40)
+    ((log_p, _),) = Reader(m, block=16, dtype="bfloat16").score([text], [1])
+    assert log_p == pytest.approx(at_once(m, text).sum().item(), rel=0.05)
+    ((exact, _),) = Reader(m, block=16).score([text], [1])
+    assert log_p != exact
+    with pytest.raises(HopeError, match=r"dtype must be .*, not 'float64'"):
+        Reader(m, dtype="float64")
+
+
 def test_no_call_is_longer_than_a_block(monkeypatch):
     m, sizes = model(), []
     features = m.features

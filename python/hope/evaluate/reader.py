@@ -50,7 +50,7 @@ class Reader:
         tokenizer: Tokenizer = BYTES,
         *,
         batch: int = 16,
-        block: int = 1024,
+        block: int = 512,
         dtype: str = "float32",
     ) -> None:
         for name, value in (("batch", batch), ("block", block)):
