@@ -1,5 +1,7 @@
 """The corpus, its split and its order."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,17 @@ def test_the_standard_library_is_split_by_file():
     assert (corpus.train == SEPARATOR).sum() > (corpus.validation == SEPARATOR).sum() > 10
     assert "standard library" in corpus.description
     assert load_corpus().fingerprint == corpus.fingerprint
+
+
+def test_the_fingerprint_of_bytes_is_that_of_the_first_runs(tmp_path):
+    """Runs that began before there were tokenizers can be resumed."""
+    (tmp_path / "a.txt").write_bytes(b"some text " * 40)
+    corpus = load_corpus([str(tmp_path / "a.txt")], window=32)
+    tokens = np.array([256, *b"some text " * 40], np.int16)
+    digest = hashlib.sha256()
+    for side in (tokens[:-33], tokens[-33:]):
+        digest.update(len(side).to_bytes(8, "big") + side.tobytes())
+    assert corpus.fingerprint == digest.hexdigest()
 
 
 def test_the_standard_library_is_its_source_alone(tmp_path, monkeypatch):

@@ -78,6 +78,20 @@ def test_an_epoch_of_packed_documents_reads_every_token_once_in_another_order():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_packed_documents_get_new_neighbours_in_every_epoch():
+    stream = numbered()
+    sampler = PackedSampler(stream, window=len(stream) - 1, batch=1, seed=0, separator=0)
+    orders = []
+    for _ in range(4):
+        batch = sampler.next_batch()
+        # The whole stream but one token is one row: what follows a document's separator names it.
+        seconds = (tokens[1] for tokens, _ in pieces(batch) if len(tokens) > 1)
+        orders.append([int(token) for token in seconds])
+        assert len(orders[-1]) >= len(LENGTHS) - 2
+        assert orders[-1] != sorted(orders[-1])
+    assert len(set(map(tuple, orders))) == 4
+
+
 def test_a_document_that_the_split_has_cut_has_no_last_target():
     for cut, target in ((True, -100), (False, 0)):
         sampler = PackedSampler(numbered((5, 7)), 12 // 4, 4, seed=0, separator=0, cut=cut)

@@ -1,5 +1,6 @@
 """Tokenizers: bytes and tokenizer.json, from training one to a model that writes with it."""
 
+import itertools
 import json
 import math
 import random
@@ -25,7 +26,7 @@ from hope import (
 )
 from hope.checkpoint import find_checkpoint
 from hope.cli import main
-from hope.data import Batch, encode
+from hope.data import Batch, encode, training_sampler, validation_batches
 from hope.data.documents import Document
 from hope.tokenizers import BYTES, JsonTokenizer, open_tokenizer, train_tokenizer
 from hope.train import bits_per_byte, target_bytes
@@ -75,11 +76,38 @@ def test_what_looks_like_a_separator_is_text(tokenizer):
     assert (stream == tokenizer.separator).nonzero()[:, 0].tolist() == [0, 1 + len(tokens)]
 
 
+def test_what_a_tokenizer_adds_around_a_text_is_left_out(tokenizer):
+    added = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    other = JsonTokenizer(json.dumps({**content(tokenizer), "post_processor": added}))
+    assert other._tokenizer.encode("the").ids[0] == other.separator
+    assert other.encode(b"the").tolist() == tokenizer.encode(b"the").tolist()
+
+
 def test_many_texts_are_encoded_as_each_alone(tokenizer, monkeypatch):
     monkeypatch.setattr("hope.tokenizers._BATCH_BYTES", 100)
     texts = [TEXT.encode()[:n].decode(errors="ignore").encode() for n in range(1, 70)]
     for together, text in zip(tokenizer.encode_all(iter(texts)), texts, strict=True):
         assert together.tolist() == tokenizer.encode(text).tolist()
+
+
+def test_a_tokenizer_is_kept_letter_by_letter(tmp_path, tokenizer):
+    """A checkpoint's is the same one, whatever the library's version would write."""
+    text = json.dumps(content(tokenizer), indent=7)
+    (tmp_path / "mine.json").write_text(text)
+    mine = open_tokenizer(tmp_path / "mine.json")
+    mine.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == text
+    assert load_tokenizer(tmp_path).fingerprint == mine.fingerprint != tokenizer.fingerprint
 
 
 def test_bytes_are_the_default(tmp_path):
@@ -233,6 +261,48 @@ def test_bits_per_byte_count_the_bytes_of_tokens(data, tokenizer):
     ignored[0, ::2] = -100
     kept = targets[1:8:2]
     assert target_bytes(Batch(ignored, ignored), tokenizer) == len(tokenizer.decode(kept))
+
+
+def test_packed_documents_are_trained_on_and_judged_each_alone(tmp_path, data, tokenizer):
+    config = RunConfig(model=MODEL, train=TRAIN, data=replace(data, packed=True))
+    corpus = load_corpus(config.data, TRAIN.sequence)
+    trainer = Trainer(config, corpus, tmp_path / "run")
+
+    def bits(batches):
+        """As if every text were alone, with the logarithms that the definition has."""
+        nats, size = 0.0, 0
+        for tokens, targets, bounds in batches:
+            for start, stop in itertools.pairwise(bounds.tolist()):
+                here = targets[0, start:stop]
+                logs = trainer.model(tokens[:, start:stop])[0].double().log_softmax(-1)
+                nats -= logs[torch.arange(len(here)), here].sum().item()
+                size += len(tokenizer.decode(here.tolist()))
+        return nats / size / math.log(2)
+
+    validation = validation_batches(
+        corpus.validation, 16, 4, TRAIN.validation_tokens, packed=True, separator=0
+    )
+    expected = bits(validation)
+    assert trainer._validate() == pytest.approx(expected, rel=1e-4)
+    expected = bits([training_sampler(corpus, TRAIN, packed=True).next_batch()])
+    assert trainer._train_step()["train_bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_text_begins_with_the_separator_and_ends_with_it(tokenizer):
+    torch.manual_seed(0)
+    model = LanguageModel(MODEL)
+    prompt = tokenizer.encode(b"the quick").tolist()
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()))
+    written = list(generate(model, "the quick", length=9, temperature=0, tokenizer=tokenizer))
+    hook.remove()
+    assert seen[0] == [[tokenizer.separator, *prompt]]
+    tokens = torch.tensor([[tokenizer.separator, *prompt, *written]])
+    likeliest = model(tokens)[0, len(prompt) :, : tokenizer.vocab_size].argmax(-1).tolist()
+    assert written == likeliest[: len(written)]
+    assert len(written) == 9 or likeliest[len(written)] == tokenizer.separator
+    nn.init.zeros_(model.embedding.weight)  # all tokens are as likely: the first is the separator
+    assert list(generate(model, temperature=0, tokenizer=tokenizer)) == []
 
 
 def test_a_model_of_another_vocabulary_is_refused(tmp_path, data, tokenizer):

@@ -19,7 +19,7 @@ import numpy as np
 from hope.data.tokens import MappedTokens, TokenShard
 from hope.errors import HopeError
 from hope.files import atomic_directory
-from hope.tokenizers import Tokenizer
+from hope.tokenizers import Tokenizer, load_tokenizer
 
 _INDEX = "index.json"
 _FORMAT = "hope-shards-1"
@@ -118,6 +118,18 @@ class _SideWriter:
         return {**totals, "fingerprint": self._digest.hexdigest(), "files": self._shards}
 
 
+def shards_tokenizer(directory: Path) -> Tokenizer:
+    """What a directory of shards was made with; HopeError where another tokenizer is there."""
+    tokenizer = load_tokenizer(directory)
+    made_with = json.loads((directory / _INDEX).read_text()).get("tokenizer")
+    if tokenizer.fingerprint != made_with:
+        raise HopeError(
+            f"{directory} is damaged: its tokens were not made with {tokenizer.name}, which its "
+            "tokenizer.json (none: bytes) says"
+        )
+    return tokenizer
+
+
 def load_shards(directories: Sequence[Path]) -> tuple[MappedTokens, MappedTokens, str]:
     """The training and validation tokens of directories, one after the other, and a description.
 
@@ -153,5 +165,5 @@ def _map(directory: Path, shard: dict[str, Any], kind: np.dtype) -> TokenShard:
         path, expected = directory / (shard["name"] + end), each.itemsize * shard[count]
         if (size := path.stat().st_size) != expected:
             raise HopeError(f"{path} is damaged: it must have {expected:,} bytes, not {size:,}")
-        mapped.append(np.memmap(path, each, mode="r"))
+        mapped.append(np.asarray(np.memmap(path, each, mode="r")))  # slices are cheaper so
     return TokenShard(*mapped)

@@ -4,6 +4,8 @@ A stream is the documents' tokens one after the other, a separator before each. 
 than the memory: then it is `MappedTokens`, which can be indexed as a tensor can.
 """
 
+import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ class TokenShard:
     starts: np.ndarray
 
     def part(self, start: int, stop: int) -> "TokenShard":
+        """Its tokens from `start` to before `stop`."""
         first, last = np.searchsorted(self.starts, (start, stop))
         return TokenShard(self.tokens[start:stop], self.starts[first:last] - start)
 
@@ -33,29 +36,37 @@ class MappedTokens:
 
     def __init__(self, shards: Sequence[TokenShard], fingerprint: str) -> None:
         self.shards, self.fingerprint = list(shards), fingerprint
-        # Of each shard, and the end of the last.
-        self._bounds = np.cumsum([0, *(len(shard.tokens) for shard in self.shards)])
+        # Where each shard begins, and the last ends.
+        sizes = (len(shard.tokens) for shard in self.shards)
+        self._bounds = list(itertools.accumulate(sizes, initial=0))
 
     def __len__(self) -> int:
-        return int(self._bounds[-1])
+        return self._bounds[-1]
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        where = positions.numpy()
+        where = positions.numpy().ravel()
         if where.size and not 0 <= where.min() <= where.max() < len(self):
             raise IndexError(
                 f"positions {where.min()} to {where.max()} of a stream of {len(self)} tokens"
             )
-        number = np.searchsorted(self._bounds, where, side="right") - 1
         found = np.empty(where.shape, np.int64)
-        for i in np.unique(number):
-            here = number == i
-            found[here] = self.shards[i].tokens[where[here] - self._bounds[i]]
-        return torch.from_numpy(found)
+        # Rows and documents are runs of positions, and a run is one copy from each of its shards.
+        ends = [*(np.flatnonzero(np.diff(where) != 1) + 1).tolist(), where.size]
+        here = 0
+        for end in ends:
+            while here < end:
+                start = int(where[here])
+                number = bisect.bisect_right(self._bounds, start) - 1
+                start -= self._bounds[number]
+                tokens = self.shards[number].tokens[start : start + end - here]
+                found[here : here + len(tokens)] = tokens
+                here += len(tokens)
+        return torch.from_numpy(found).view(positions.shape)
 
     def part(self, start: int, stop: int) -> "MappedTokens":
         """The stream from token `start` to before token `stop`; nothing is read."""
         shards = [
-            shard.part(max(0, start - int(base)), min(len(shard.tokens), stop - int(base)))
+            shard.part(max(0, start - base), min(len(shard.tokens), stop - base))
             for shard, base in zip(self.shards, self._bounds[:-1], strict=True)
             if base < stop and start < base + len(shard.tokens)
         ]
