@@ -1,6 +1,8 @@
 """The language model: embedding, blocks of a mixer and an MLP or CMS, tied head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from hope.config import ModelConfig
-from hope.layers import MIXERS, CmsStates, ContinuumMemory, MixerState, make_mlp
+from hope.layers import MIXERS, AttentionState, CmsStates, ContinuumMemory, MixerState, make_mlp
 
 
 @dataclass
@@ -28,6 +30,16 @@ class ModelState:
             tuple(layer.detach() for layer in self.layers),
             tuple(tuple(level.detach() for level in levels) for levels in self.cms),
         )
+
+    def compact(self) -> "ModelState":
+        """The same state after packed documents, without the slots of attention's that they leave.
+
+        Waits for the device. (Nothing else grows with a text, or leaves anything.)
+        """
+        layers = (
+            layer.compact() if isinstance(layer, AttentionState) else layer for layer in self.layers
+        )
+        return ModelState(tuple(layers), self.cms)
 
 
 register_dataclass(ModelState)
@@ -118,7 +130,7 @@ class LanguageModel(nn.Module):
         shape or state.
         """
         x, state = self.features(tokens, state, cu_seqlens)
-        logits = F.linear(x, self.embedding.weight).float()
+        logits = self.head(x)
         return (logits, state) if return_state else logits
 
     def features(
@@ -126,8 +138,13 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
+        *,
+        call: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """What the head reads, [B, T, dim], and the state after the last token; as `forward`."""
+        """What the head reads, [B, T, dim], and the state after the last token; as `forward`.
+
+        call: calls a block, `call(block, *its arguments)`, such as torch.utils.checkpoint.
+        """
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
             got = f"{tuple(tokens.shape)} {tokens.dtype}"
             raise ValueError(f"tokens must be [B, T] int64 with T >= 1, not {got}")
@@ -142,10 +159,15 @@ class LanguageModel(nn.Module):
             carried = list(zip(state.layers, state.cms, strict=True))
         layers, cms = [], []
         for block, before in zip(self.blocks, carried, strict=True):
-            x, layer, levels = block(x, *before, cu_seqlens)
+            arguments = (x, *before, cu_seqlens)
+            x, layer, levels = block(*arguments) if call is None else call(block, *arguments)
             layers.append(layer)
             cms.append(levels)
         return self.norm(x), ModelState(tuple(layers), tuple(cms))
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., vocab_size] in float32 of features [..., dim]."""
+        return F.linear(x, self.embedding.weight).float()
 
     def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar.
