@@ -1,14 +1,14 @@
 """Training a language model on a token budget, so that it can be stopped and resumed at any step.
 
 A run is a directory: `checkpoints/`, `metrics.jsonl` (one JSON object per step and validation),
-`loss.png`, `sample.txt`.
+`loss.png`, `sample.txt` (docs/training.md).
 """
 
 import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hope.checkpoint import find_checkpoint, load_trainer, load_weights, save_checkpoint
+from hope.checkpoint import find_checkpoint, load_state, save_checkpoint
 from hope.config import RunConfig
 from hope.data import VOCAB_SIZE, Corpus, WindowSampler
 from hope.errors import HopeError
@@ -25,12 +25,14 @@ from hope.files import atomic_file
 from hope.generate import decode, generate
 from hope.model import LanguageModel
 from hope.plot import plot_loss
-from hope.train.divergence import TrainingDiverged
-from hope.train.metrics import JsonLines
+from hope.train.divergence import TrainingDiverged, bad_parameter, first_bad_tensor
+from hope.train.metrics import FILE, Metrics, check_packages
 from hope.train.optimizer import make_optimizer
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopSignals
 from hope.train.validation import LN2, autocast, bits_per_byte
+
+Batch = tuple[Tensor, ...]  # what LanguageModel.loss takes
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,18 @@ class Trainer:
             raise HopeError(
                 f"{out} is not empty; continue that run with --resume, or choose another --out"
             )
+        check_packages(config)
         train = config.train
         torch.manual_seed(train.seed)
         self.model = LanguageModel(config.model).to(self.device)
+        self.model.checkpoint_activations = train.checkpoint_activations
         self.loss = self._wrapped_loss()
         self.optimizer = make_optimizer(self.model, train)
-        self.sampler = WindowSampler(corpus.train, train.sequence, train.batch, train.seed)
+        rows = train.batch // train.accumulate
+        self.sampler = WindowSampler(corpus.train, train.sequence, rows, train.seed)
         self.step, self.seconds = 0, 0.0
         self.validation: float | None = None
-        self.metrics = out / "metrics.jsonl"
-        self._saved_at: int | None = None
+        self._saved: Path | None = None  # the newest checkpoint
         if checkpoint is not None:
             self._load(checkpoint)
 
@@ -112,7 +116,7 @@ class Trainer:
             disable=not progress,
         )
         self.model.train()
-        metrics = JsonLines(self.metrics, self.step)
+        metrics = Metrics(self.config, self.out, self.step)
         with bar, contextlib.closing(metrics), StopSignals() as stop:
             while self.step < train.steps and stop.received is None:
                 record = self._train_step()
@@ -122,14 +126,14 @@ class Trainer:
                     validation = {"validation_bits_per_byte": self.validation}
                     metrics.write({"step": self.step, "tokens": self.tokens, **validation})
                 if self.step % train.checkpoint_every == 0 or self.step == train.steps:
-                    self._save()
+                    self._save(metrics)
                 shown = {"loss": f"{record['train_bits_per_byte']:.3f}"}
                 if self.validation is not None:
                     shown["validation"] = f"{self.validation:.3f}"
                 bar.set_postfix(shown, refresh=False)
                 bar.update(train.tokens_per_step)
-            if self.step > 0 and self._saved_at != self.step:
-                self._save()
+            if self.step > 0 and not self._is_saved():
+                self._save(metrics)
         return self._finish(stop.received)
 
     def _train_step(self) -> dict[str, Any]:
@@ -138,11 +142,15 @@ class Trainer:
         rate = learning_rate(train, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._backward(*self._take_batch())
+        batches = self._take_batches()
+        loss = self._backward(batches, self.loss)
         norm = self._clip_gradient()
         values = {"train_bits_per_byte": loss.item() / LN2, "gradient_norm": norm.item()}
         if not all(math.isfinite(value) for value in values.values()):
-            raise TrainingDiverged(self._divergence(values, rate))
+            where = first_bad_tensor(self.model, lambda loss: self._backward(batches, loss))
+            named = {name.replace("_", " "): value for name, value in values.items()}
+            numbers = ", ".join(f"{name} {value}" for name, value in named.items())
+            raise self._diverged(f"step {self.step + 1} ({numbers}, lr {rate:.2e})", where)
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - start
@@ -157,72 +165,85 @@ class Trainer:
             "seconds": self.seconds,
         }
 
-    def _take_batch(self) -> tuple[Tensor, Tensor]:
-        """The inputs and targets of a step: the one place that knows the sampler."""
-        inputs, targets = self.sampler.next_batch()
-        return inputs.to(self.device), targets.to(self.device)
+    def _take_batches(self) -> list[Batch]:
+        """The parts of a step's batch: the one place that knows the sampler."""
+        parts = [self.sampler.next_batch() for _ in range(self.config.train.accumulate)]
+        return [tuple(tensor.to(self.device) for tensor in part) for part in parts]
 
-    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Adds the gradient of the loss to the parameters'; the loss."""
-        with autocast(self.device, self.config.train):
-            loss = self.loss(inputs, targets)
-        loss.backward()
-        return loss
+    def _backward(self, batches: Sequence[Batch], loss_of: Callable[..., Tensor]) -> Tensor:
+        """Adds the gradient of the mean loss over all batches to the parameters'; that loss."""
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            with autocast(self.device, self.config.train):
+                loss = loss_of(*batch) / len(batches)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def _clip_gradient(self) -> Tensor:
         """Limits the gradient; its norm before that. The one place that sees it whole."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
 
-    def _divergence(self, values: dict[str, float], rate: float) -> str:
-        what = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-        if self._saved_at is None:
+    def _diverged(self, when: str, where: str | None) -> TrainingDiverged:
+        if where is None:
+            where = "none was found when the step was computed again, without torch.compile"
+        if self._saved is None:
             left = "no checkpoint was written yet"
         else:
-            left = f"the newest checkpoint, of step {self._saved_at}, is from before"
-        return (
-            f"training diverged at step {self.step + 1} ({what}, learning rate {rate:.2e}); "
-            f"{left}. A lower train.lr or train.clip, or a longer train.warmup, usually helps"
+            left = f"the newest checkpoint is from before, and good: {self._saved}"
+        return TrainingDiverged(
+            f"training diverged at {when}. The first tensor that is not finite: {where}; {left}. "
+            "A lower train.lr or train.clip, or a longer train.warmup, usually helps"
         )
 
     def _validate(self) -> float:
         self.model.eval()
         value = bits_per_byte(self.model, self.corpus.validation, self.config.train)
         self.model.train()
+        if not math.isfinite(value):
+            when = f"the validation after step {self.step} (validation bits per byte {value})"
+            raise self._diverged(when, bad_parameter(self.model))
         return value
 
-    def _save(self) -> None:
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """What a run goes on from, besides the weights and the optimizer."""
+        return {
             "step": self.step,
             "seconds": self.seconds,
             "validation": self.validation,
             "corpus": self.corpus.fingerprint,
             "sampler": self.sampler.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.out, self.step, self.config, self.model, state, keep)
-        self._saved_at = self.step
+
+    def _is_saved(self) -> bool:
+        return self._saved is not None and self._saved.name == f"step-{self.step:08d}"
+
+    def _save(self, metrics: Metrics) -> None:
+        """Writes a checkpoint, which is always one to go on from: its weights are finite."""
+        if bad := bad_parameter(self.model):
+            raise self._diverged(f"the update of step {self.step}", bad)
+        metrics.flush()
+        keep, parts = self.config.train.keep_checkpoints, (self.config, self.model, self.optimizer)
+        self._saved = save_checkpoint(self.out, self.step, *parts, self._state(), keep)
 
     def _load(self, checkpoint: Path) -> None:
-        state = load_trainer(checkpoint)
+        state = load_state(checkpoint, self.model, self.optimizer, self._state())
         if state["corpus"] != self.corpus.fingerprint:
             raise HopeError(
                 f"the data is not what the run in {self.out} began with; it cannot be resumed"
             )
-        load_weights(self.model, checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         torch.set_rng_state(state["random"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.validation, self._saved_at = state["validation"], state["step"]
+        self.validation, self._saved = state["validation"], checkpoint
 
     def _finish(self, received: signal.Signals | None) -> TrainResult:
-        files = {"metrics": self.metrics}
+        files = {"metrics": self.out / FILE}
         if self.step > 0:
             files["checkpoint"] = find_checkpoint(self.out)
             files["loss curve"] = self.out / "loss.png"
-            plot_loss(self.metrics, files["loss curve"], self.config.preset)
+            plot_loss(files["metrics"], files["loss curve"], self.config.preset)
         sample = None
         if received is None:
             self.model.eval()
