@@ -48,9 +48,11 @@ def save_state(
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "trainer": trainer,
     }
+    # atomic_directory brings all files onto the disk at the end.
+    writer = dcp.FileSystemWriter(directory, sync_files=False)
     try:
         with _quiet():
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(directory), no_dist=_alone())
+            dcp.save(state, storage_writer=writer, no_dist=_alone())
     except CheckpointException as error:
         raise _system_error(error) from error
 
@@ -104,7 +106,25 @@ def _metadata(directory: Path) -> Metadata:
         ) from error
     if not isinstance(metadata, Metadata):
         raise HopeError(f"{directory / '.metadata'} holds no training state, but {metadata!r:.80}")
+    _check_sizes(directory, metadata)
     return metadata
+
+
+def _check_sizes(directory: Path, metadata: Metadata) -> None:
+    """HopeError where a file is missing or shorter than what the metadata says is in it."""
+    sizes: dict[str, int] = {}
+    for part in (metadata.storage_data or {}).values():
+        end = part.offset + part.length
+        sizes[part.relative_path] = max(end, sizes.get(part.relative_path, 0))
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file():
+            raise HopeError(f"cannot read the training state: {path} is missing")
+        if path.stat().st_size < size:
+            got = path.stat().st_size
+            raise HopeError(
+                f"cannot read the training state: {path} is truncated, at {got:,} of {size:,} bytes"
+            )
 
 
 def _alone() -> bool:
