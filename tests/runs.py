@@ -46,3 +46,24 @@ def interrupt(trainer, step, action):
         return next_batch()
 
     trainer.sampler.next_batch = hooked
+
+
+# CONFIG as options of `hope train`.
+OPTIONS = [
+    f"--set={name}={value}"
+    for name, value in {
+        "model.mixer": "titans",
+        "model.mixer.heads": 2,
+        "model.mixer.head_dim": 8,
+        "model.mixer.chunk_size": 8,
+        "model.dim": 16,
+        "model.layers": 1,
+        "train.tokens": TRAIN.tokens,
+        "train.batch": TRAIN.batch,
+        "train.sequence": TRAIN.sequence,
+        "train.lr": TRAIN.lr,
+        "train.validate_every": TRAIN.validate_every,
+        "train.validation_tokens": TRAIN.validation_tokens,
+        "train.checkpoint_every": TRAIN.checkpoint_every,
+    }.items()
+]

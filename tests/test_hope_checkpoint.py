@@ -4,7 +4,10 @@ import errno
 import json
 import os
 import resource
+import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -257,7 +260,7 @@ def test_files_that_may_not_grow_are_an_error_with_the_systems_reason(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        status = main(["train", "--data", text, "--out", str(tmp_path / "run"), *SETTINGS])
+        status = main(["train", "--data", text, "--out", str(tmp_path / "run"), *runs.OPTIONS])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1
@@ -266,23 +269,26 @@ def test_files_that_may_not_grow_are_an_error_with_the_systems_reason(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-SETTINGS = [
-    f"--set={name}={value}"
-    for name, value in {
-        "model.mixer": "titans",
-        "model.mixer.heads": 2,
-        "model.mixer.head_dim": 8,
-        "model.mixer.chunk_size": 8,
-        "model.dim": 16,
-        "model.layers": 1,
-        "train.tokens": 8 * 4 * 32,
-        "train.batch": 4,
-        "train.sequence": 32,
-        "train.validate_every": 2,
-        "train.validation_tokens": 128,
-        "train.checkpoint_every": 2,
-    }.items()
-]
+def test_a_disk_that_is_full_in_truth(tmp_path, text):
+    """A small file system of memory, on which the first checkpoint has a place and no second."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train = [sys.executable, "-m", "hope", "train", "--data", text, "--out", str(disk / "run")]
+    script = (
+        f"mount -t tmpfs -o size=400k none {disk} || exit 99; {shlex.join(train + runs.OPTIONS)}; "
+        f"echo status $?; ls -A {disk}/run/checkpoints"
+    )
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if "status" not in done.stdout:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    assert done.stdout.split("status ")[1] == "1\nstep-00000002\n"
+    message = "cannot write the checkpoint of step 4: No space left on device; the newest one, "
+    assert f"{message}step-00000002, is whole" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---- export --------------------------------------------------------------------------------------

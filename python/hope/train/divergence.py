@@ -31,8 +31,8 @@ def first_bad_tensor(
         return bad
     found: list[str] = []
 
-    def look(what: str, tensor: Tensor) -> None:
-        if not found and (bad := _bad(what, tensor)):
+    def look(what: str, tensor: Tensor | None) -> None:  # None: a gradient of nothing but zeros
+        if not found and tensor is not None and (bad := _bad(what, tensor)):
             found.append(bad)
 
     def output_hook(name: str) -> Callable[..., None]:
@@ -45,7 +45,7 @@ def first_bad_tensor(
 
         return hook
 
-    def gradient_hook(name: str) -> Callable[[Tensor], None]:
+    def gradient_hook(name: str) -> Callable[[Tensor | None], None]:
         return lambda gradient: look(f"the gradient of {name}", gradient)
 
     def loss(*batch: Tensor | None) -> Tensor:
