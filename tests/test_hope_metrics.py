@@ -11,7 +11,7 @@ from hope.cli import main
 
 event_accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator",
-    reason="TensorBoard's own reader; the extra tensorboard installs it",
+    reason="TensorBoard is not installed: pip install .[test]",
 )
 BOTH = runs.training(tensorboard=True, wandb="memories")
 
