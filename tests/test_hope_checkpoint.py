@@ -269,6 +269,18 @@ def test_files_that_may_not_grow_are_an_error_with_the_systems_reason(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_metrics_that_cannot_be_written_are_named(tmp_path, corpus):
+    trainer = Trainer(runs.training(checkpoint_every=99, validate_every=99), corpus, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write the metrics of step 3: File") as error:
+            trainer.run(progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def test_a_disk_that_is_full_in_truth(tmp_path, text):
     """A small file system of memory, on which the first checkpoint has a place and no second."""
     disk = tmp_path / "disk"
@@ -295,12 +307,15 @@ def test_a_disk_that_is_full_in_truth(tmp_path, text):
 
 
 def test_export_copies_a_model_that_loads(run, tmp_path, capsys):
-    (run / "tokenizer.json").write_text("{}")
+    tokenizer = find_checkpoint(run) / "tokenizer.json"
+    tokenizer.write_text("{}")
     out = tmp_path / "models" / "mine"
     assert main(["export", str(run), str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
         *("model.safetensors", "config.json", "tokenizer.json")
     }
+    tokenizer.unlink()
+    (out / "tokenizer.json").unlink()  # what it says is not the point here
     assert str(out / "model.safetensors") in capsys.readouterr().out
     for name, weight in load_model(out).state_dict().items():
         assert torch.equal(weight, load_model(run).state_dict()[name])

@@ -6,6 +6,7 @@ A run is a directory: `checkpoints/`, `metrics.jsonl` (one JSON object per step 
 
 import contextlib
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hope.checkpoint import find_checkpoint, load_state, save_checkpoint
+from hope.checkpoint import find_checkpoint, has_checkpoint, load_state, save_checkpoint
 from hope.config import RunConfig
 from hope.data import VOCAB_SIZE, Corpus, WindowSampler
 from hope.errors import HopeError
@@ -26,7 +27,7 @@ from hope.generate import decode, generate
 from hope.model import LanguageModel
 from hope.plot import plot_loss
 from hope.train.divergence import TrainingDiverged, bad_parameter, first_bad_tensor
-from hope.train.metrics import FILE, Metrics, check_packages
+from hope.train.metrics import FILE, Metrics, check_packages, remove_metrics
 from hope.train.optimizer import make_optimizer
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopSignals
@@ -45,6 +46,17 @@ class TrainResult:
     sample: str | None
     signal: signal.Signals | None
     files: dict[str, Path]
+
+
+def discard(run: Path) -> None:
+    """Removes what a run leaves that was killed before its first checkpoint.
+
+    Raises HopeError where it has one.
+    """
+    if has_checkpoint(run):
+        raise HopeError(f"{run} has a checkpoint; continue it, or remove the directory")
+    remove_metrics(run)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 class Trainer:
@@ -72,9 +84,10 @@ class Trainer:
             raise HopeError(f"model.vocab_size must be at least {VOCAB_SIZE} for bytes, not {got}")
         checkpoint = find_checkpoint(out) if resume else None
         if checkpoint is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise HopeError(
-                f"{out} is not empty; continue that run with --resume, or choose another --out"
-            )
+            way = "continue that run with --resume"
+            if not has_checkpoint(out):
+                way = "there is no checkpoint to continue from, so remove it"
+            raise HopeError(f"{out} is not empty; {way}, or choose another --out")
         check_packages(config)
         train = config.train
         torch.manual_seed(train.seed)
