@@ -215,7 +215,8 @@ class Trainer:
         self.model.train()
         if not math.isfinite(value):
             when = f"the validation after step {self.step} (validation bits per byte {value})"
-            raise self._diverged(when, bad_parameter(self.model))
+            where = bad_parameter(self.model) or "not a parameter, so it came up on the way"
+            raise self._diverged(when, where)
         return value
 
     def _state(self) -> dict[str, Any]:
