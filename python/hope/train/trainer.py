@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hope.checkpoint import find_checkpoint, has_checkpoint, load_state, save_checkpoint
 from hope.config import RunConfig
-from hope.data import VOCAB_SIZE, Corpus, WindowSampler
+from hope.data import Batch, Corpus, training_sampler
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.generate import decode, generate
@@ -31,9 +31,7 @@ from hope.train.metrics import FILE, Metrics, check_packages, remove_metrics
 from hope.train.optimizer import make_optimizer
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopSignals
-from hope.train.validation import LN2, autocast, bits_per_byte
-
-Batch = tuple[Tensor, ...]  # what LanguageModel.loss takes
+from hope.train.validation import LN2, autocast, bits_per_byte, target_bytes, target_count
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,11 @@ class Trainer:
     ) -> None:
         self.config, self.corpus, self.out = config, corpus, out
         self.device = torch.device(device)
-        if config.model.vocab_size < VOCAB_SIZE:
-            got = config.model.vocab_size
-            raise HopeError(f"model.vocab_size must be at least {VOCAB_SIZE} for bytes, not {got}")
+        needed, got = corpus.tokenizer.vocab_size, config.model.vocab_size
+        if got < needed:
+            raise HopeError(
+                f"model.vocab_size must be at least {needed} for {corpus.tokenizer.name}, not {got}"
+            )
         checkpoint = find_checkpoint(out) if resume else None
         if checkpoint is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             way = "continue that run with --resume"
@@ -95,15 +95,14 @@ class Trainer:
         self.model.checkpoint_activations = train.checkpoint_activations
         self.loss = self._wrapped_loss()
         self.optimizer = make_optimizer(self.model, train)
-        rows = train.batch // train.accumulate
-        self.sampler = WindowSampler(corpus.train, train.sequence, rows, train.seed)
+        self.sampler = training_sampler(corpus, train, packed=config.data.packed)
         self.step, self.seconds = 0, 0.0
         self.validation: float | None = None
         self._saved: Path | None = None  # the newest checkpoint
         if checkpoint is not None:
             self._load(checkpoint)
 
-    def _wrapped_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _wrapped_loss(self) -> Callable[..., Tensor]:
         """What a training step calls: the one place that wraps the model."""
         return torch.compile(self.model.loss) if self.config.train.compile else self.model.loss
 
@@ -158,7 +157,11 @@ class Trainer:
         batches = self._take_batches()
         loss = self._backward(batches, self.loss)
         norm = self._clip_gradient()
-        values = {"train_bits_per_byte": loss.item() / LN2, "gradient_norm": norm.item()}
+        # Of the text in the batch: a separator costs nats, too, but is no byte.
+        tokens = sum(map(target_count, batches))
+        count = sum(target_bytes(batch, self.corpus.tokenizer) for batch in batches)
+        bits = loss.item() * tokens / max(1, count) / LN2
+        values = {"train_bits_per_byte": bits, "gradient_norm": norm.item()}
         if not all(math.isfinite(value) for value in values.values()):
             where = first_bad_tensor(self.model, lambda loss: self._backward(batches, loss))
             named = {name.replace("_", " "): value for name, value in values.items()}
@@ -180,15 +183,15 @@ class Trainer:
 
     def _take_batches(self) -> list[Batch]:
         """The parts of a step's batch: the one place that knows the sampler."""
-        parts = [self.sampler.next_batch() for _ in range(self.config.train.accumulate)]
-        return [tuple(tensor.to(self.device) for tensor in part) for part in parts]
+        return [self.sampler.next_batch() for _ in range(self.config.train.accumulate)]
 
     def _backward(self, batches: Sequence[Batch], loss_of: Callable[..., Tensor]) -> Tensor:
-        """Adds the gradient of the mean loss over all batches to the parameters'; that loss."""
+        """Adds the gradient of the mean loss of all targets to the parameters'; that loss."""
+        counts = [target_count(batch) for batch in batches]
         total = torch.zeros((), device=self.device)
-        for batch in batches:
+        for batch, count in zip(batches, counts, strict=True):
             with autocast(self.device, self.config.train):
-                loss = loss_of(*batch) / len(batches)
+                loss = loss_of(*batch.to(self.device)) * (count / sum(counts))
             loss.backward()
             total += loss.detach()
         return total
@@ -211,7 +214,10 @@ class Trainer:
 
     def _validate(self) -> float:
         self.model.eval()
-        value = bits_per_byte(self.model, self.corpus.validation, self.config.train)
+        corpus, packed = self.corpus, self.config.data.packed
+        value = bits_per_byte(
+            self.model, corpus.validation, self.config.train, corpus.tokenizer, packed=packed
+        )
         self.model.train()
         if not math.isfinite(value):
             when = f"the validation after step {self.step} (validation bits per byte {value})"
@@ -238,8 +244,16 @@ class Trainer:
         if bad := bad_parameter(self.model):
             raise self._diverged(f"the update of step {self.step}", bad)
         metrics.flush()
-        keep, parts = self.config.train.keep_checkpoints, (self.config, self.model, self.optimizer)
-        self._saved = save_checkpoint(self.out, self.step, *parts, self._state(), keep)
+        self._saved = save_checkpoint(
+            self.out,
+            self.step,
+            self.config,
+            self.model,
+            self.optimizer,
+            self._state(),
+            self.config.train.keep_checkpoints,
+            self.corpus.tokenizer,
+        )
 
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint, self.model, self.optimizer, self._state())
@@ -261,7 +275,10 @@ class Trainer:
         sample = None
         if received is None:
             self.model.eval()
-            sample = "".join(decode(generate(self.model, seed=self.config.train.seed)))
+            seed, tokenizer = self.config.train.seed, self.corpus.tokenizer
+            sample = "".join(
+                decode(generate(self.model, seed=seed, tokenizer=tokenizer), tokenizer)
+            )
             files["sample"] = self.out / "sample.txt"
             with atomic_file(files["sample"]) as path:
                 path.write_text(sample)
