@@ -48,13 +48,12 @@ def test_a_batch_in_parts_has_the_same_gradient(tmp_path, corpus, parts):
 
 def test_parts_weigh_as_many_targets_as_they_count(tmp_path, corpus):
     trainer = Trainer(runs.CONFIG, corpus, tmp_path / "run")
-    whole = trainer.sampler.next_batch()
-    whole.targets[0, 3:] = IGNORED  # 3 in the first half, 64 in the second
-    whole.targets[1] = IGNORED
-    halves = [
-        Batch(whole.tokens[:2], whole.targets[:2]),
-        Batch(whole.tokens[2:], whole.targets[2:]),
-    ]
+    tokens, targets, _ = trainer.sampler.next_batch()
+    targets = targets.clone()
+    targets[0, 3:] = IGNORED  # 3 in the first half, 64 in the second
+    targets[1] = IGNORED
+    whole = Batch(tokens, targets)
+    halves = [Batch(tokens[:2], targets[:2]), Batch(tokens[2:], targets[2:])]
     results = []
     for batches in ([whole], halves):
         loss = trainer._backward(batches, trainer.loss)
