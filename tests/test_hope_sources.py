@@ -1,12 +1,13 @@
 """JSON lines, Parquet, data sets and shards, and what is wrong with them."""
 
+import itertools
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from hope import DataConfig, HopeError, LanguageModel, load_corpus, preset
+from hope import DataConfig, HopeError, load_corpus
 from hope.cli import main
 from hope.config import RunConfig, from_dict, override, to_dict
 from hope.data import (
@@ -229,6 +230,14 @@ def test_shards_are_the_stream_in_memory(tmp_path, tokenizer):
         train[torch.tensor([-1])]
 
 
+def test_documents_are_tokenized_as_they_come(tokenizer):
+    """Few of them are in memory at a time."""
+    endless = (Document(f"{i}", b"text " * 1000) for i in itertools.count())
+    for _, tokens in itertools.islice(tokenized(endless, tokenizer), 5):
+        assert tokenizer.decode(tokens.tolist()) == b"text " * 1000
+    assert int(next(endless).name) < 300
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     class Large(type(BYTES)):
         vocab_size = 70_000
@@ -287,21 +296,32 @@ def test_damaged_shards_are_named(tmp_path):
     (out / "index.json").write_text(json.dumps({**index, "byteorder": "middle"}))
     with pytest.raises(HopeError, match=r"another byte order \(middle\)"):
         load_corpus([str(out)])
-    (out / "index.json").write_text(json.dumps({"format": index["format"]}))
+    (out / "index.json").write_text(json.dumps({**index, "tokenizer": "another"}))
+    with pytest.raises(HopeError, match=r"shards is damaged: its tokens were not made with bytes"):
+        load_corpus([str(out)])
+    (out / "index.json").write_text(json.dumps({k: index[k] for k in ("format", "tokenizer")}))
     with pytest.raises(HopeError, match=r"index.json is damaged: KeyError\('byteorder'\)"):
         load_corpus([str(out)])
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    at_work = set()
+
     def documents():
         yield False, BYTES.encode(b"some text")
+        at_work.update(path.name for path in tmp_path.iterdir())
         raise HopeError("a broken line")
 
-    (tmp_path / ".partial-other").mkdir()  # of another process, which is still at work
-    (tmp_path / ".partial-shards").mkdir()  # of one that was killed
+    other = ".partial-other"  # of another process, which is still at work
+    (tmp_path / other).mkdir()
     with pytest.raises(HopeError, match="a broken line"):
         write_shards(documents(), BYTES, tmp_path / "shards")
-    assert [path.name for path in tmp_path.iterdir()] == [".partial-other"]
+    assert [path.name for path in tmp_path.iterdir()] == [other]
+    # What a writer leaves that was killed is removed by the next one.
+    (left,) = at_work - {other}
+    (tmp_path / left).mkdir()
+    write_shards(tokenized(named(TEXTS), BYTES), BYTES, tmp_path / "shards")
+    assert {path.name for path in tmp_path.iterdir()} == {other, "shards"}
 
 
 def test_the_command_writes_shards_that_the_trainer_reads(tmp_path, monkeypatch, capsys):
@@ -337,5 +357,7 @@ def test_the_command_writes_shards_that_the_trainer_reads(tmp_path, monkeypatch,
     assert main([*call, "--tokenizer", "u.json", "--out", "other"]) == 2
     assert "the shards in shards were made with" in capsys.readouterr().err
     assert main([*call, "--tokenizer", "t.json", "--out", "same"]) == 0
+    (tmp_path / "shards" / "tokenizer.json").unlink()
+    assert main([*call, "--out", "other"]) == 2
+    assert "shards is damaged" in capsys.readouterr().err
     assert open_tokenizer("t.json").vocab_size == tokens
-    assert LanguageModel(preset("tiny").model).config.vocab_size == 264

@@ -100,6 +100,16 @@ def test_many_texts_are_encoded_as_each_alone(tokenizer, monkeypatch):
         assert together.tolist() == tokenizer.encode(text).tolist()
 
 
+def test_a_tokenizer_is_kept_letter_by_letter(tmp_path, tokenizer):
+    """A checkpoint's is the same one, whatever the library's version would write."""
+    text = json.dumps(content(tokenizer), indent=7)
+    (tmp_path / "mine.json").write_text(text)
+    mine = open_tokenizer(tmp_path / "mine.json")
+    mine.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == text
+    assert load_tokenizer(tmp_path).fingerprint == mine.fingerprint != tokenizer.fingerprint
+
+
 def test_bytes_are_the_default(tmp_path):
     assert load_tokenizer(tmp_path) is BYTES is open_tokenizer(None)
     assert BYTES.encode(b"\x00\xff").tolist() == [0, 255]

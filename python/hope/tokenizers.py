@@ -108,8 +108,9 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._content = self._tokenizer.to_str(pretty=True) + "\n"
-        self.fingerprint = hashlib.sha256(self._content.encode()).hexdigest()
+        # The text as it came: what the library makes of it may change with its version.
+        self._content = content
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         self.name = f"the tokens of {where}"
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -134,7 +135,7 @@ class JsonTokenizer:
 
     def _bytes_of_tokens(self, vocabulary: dict[str, int], where: str) -> list[bytes]:
         """What each token stands for; nothing for special tokens and for gaps."""
-        kinds = set(_types(json.loads(self._content)["decoder"]))
+        kinds = set(_types(json.loads(self._tokenizer.to_str())["decoder"]))
         if "ByteLevel" in kinds:
             alphabet = {character: byte for byte, character in _byte_characters().items()}
 
@@ -273,4 +274,4 @@ def train_tokenizer(texts: Iterable[bytes], vocab_size: int) -> JsonTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(map(_text, texts), trainer=trainer)
-    return JsonTokenizer(tokenizer.to_str())
+    return JsonTokenizer(tokenizer.to_str(pretty=True) + "\n")

@@ -13,10 +13,10 @@ from torch import Tensor
 from hope.config import DataConfig, TrainConfig
 from hope.data.documents import VALIDATION_FRACTION, Document, Documents, StandardLibrary
 from hope.data.sampler import PackedSampler, Sampler, WindowSampler
-from hope.data.shards import is_shards, load_shards
+from hope.data.shards import is_shards, load_shards, shards_tokenizer
 from hope.data.tokens import Tokens, stream
 from hope.errors import HopeError
-from hope.tokenizers import BYTES, Tokenizer, load_tokenizer, open_tokenizer
+from hope.tokenizers import BYTES, Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def corpus_tokenizer(data: DataConfig) -> Tokenizer:
     tokenizer = open_tokenizer(data.tokenizer)
     if not _names_shards(data):
         return tokenizer
-    found = [(path, load_tokenizer(Path(path))) for path in data.paths]
+    found = [(path, shards_tokenizer(Path(path))) for path in data.paths]
     first, of_shards = found[0]
     for path, other in found[1:]:
         if other.fingerprint != of_shards.fingerprint:

@@ -19,7 +19,7 @@ import numpy as np
 from hope.data.tokens import MappedTokens, TokenShard
 from hope.errors import HopeError
 from hope.files import atomic_directory
-from hope.tokenizers import Tokenizer
+from hope.tokenizers import Tokenizer, load_tokenizer
 
 _INDEX = "index.json"
 _FORMAT = "hope-shards-1"
@@ -116,6 +116,18 @@ class _SideWriter:
             name: sum(shard[name] for shard in self._shards) for name in ("tokens", "documents")
         }
         return {**totals, "fingerprint": self._digest.hexdigest(), "files": self._shards}
+
+
+def shards_tokenizer(directory: Path) -> Tokenizer:
+    """What a directory of shards was made with; HopeError where another tokenizer is there."""
+    tokenizer = load_tokenizer(directory)
+    made_with = json.loads((directory / _INDEX).read_text()).get("tokenizer")
+    if tokenizer.fingerprint != made_with:
+        raise HopeError(
+            f"{directory} is damaged: its tokens were not made with {tokenizer.name}, which its "
+            "tokenizer.json (none: bytes) says"
+        )
+    return tokenizer
 
 
 def load_shards(directories: Sequence[Path]) -> tuple[MappedTokens, MappedTokens, str]:
