@@ -46,7 +46,8 @@ _OTHER = "elementwise and other"
 class TrainingStep:
     """An optimizer step on random tokens, with all that the Trainer's has: call it.
 
-    config.train says which batch [batch, sequence], optimizer and activations' dtype.
+    config.train says which batch [batch, sequence] in how many parts, which optimizer and which
+    dtype of the activations.
     model: what is trained (default: a new one).
     """
 
@@ -57,22 +58,22 @@ class TrainingStep:
         train = config.train
         torch.manual_seed(train.seed)
         self.model = (model or LanguageModel(config.model)).to(self.device).train()
+        self.model.checkpoint_activations = train.checkpoint_activations
         self.loss = torch.compile(self.model.loss) if train.compile else self.model.loss
         self.optimizer = make_optimizer(self.model, train)
-        shape = (train.batch, train.sequence + 1)
+        shape = (train.accumulate, train.batch // train.accumulate, train.sequence + 1)
         tokens = torch.randint(config.model.vocab_size, shape, device=self.device)
-        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.inputs, self.targets = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
 
     def __call__(self) -> None:
-        with (
-            torch.profiler.record_function("step: forward"),
-            autocast(self.device, self.config.train),
-        ):
-            loss = self.loss(self.inputs, self.targets)
-        with torch.profiler.record_function("step: backward"):
-            loss.backward()
-        with torch.profiler.record_function("step: optimizer"):
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        watched, train = torch.profiler.record_function, self.config.train
+        for inputs, targets in zip(self.inputs, self.targets, strict=True):
+            with watched("step: forward"), autocast(self.device, train):
+                loss = self.loss(inputs, targets) / train.accumulate
+            with watched("step: backward"):
+                loss.backward()
+        with watched("step: optimizer"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
 

@@ -10,6 +10,7 @@ from hope.cli import (
     bench,
     compare,
     evaluate,
+    export,
     generate,
     info,
     profile,
@@ -20,7 +21,11 @@ from hope.cli import (
 from hope.errors import HopeError
 from hope.train import TrainingDiverged
 
-_COMMANDS = (train, compare, evaluate, generate, profile, tokenizer, shards, bench, info)
+_COMMANDS = (
+    *(train, compare, evaluate, generate, export),
+    *(tokenizer, shards),
+    *(profile, bench, info),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,12 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingDiverged as error:
         print(f"hope: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("hope: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `hope info | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk, a directory that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"hope: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hope: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
