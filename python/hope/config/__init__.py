@@ -6,6 +6,7 @@ to each.
 """
 
 from hope.config.form import from_dict, override, to_dict
+from hope.config.learn import LearnConfig
 from hope.config.mixers import (
     MIXER_KINDS,
     AttentionConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionConfig",
     "CmsConfig",
     "HopeConfig",
+    "LearnConfig",
     "MacConfig",
     "MagConfig",
     "MalConfig",
