@@ -5,39 +5,32 @@ A run is a directory: `checkpoints/`, `metrics.jsonl` (one JSON object per step 
 """
 
 import contextlib
-import json
 import math
-import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hope.checkpoint import find_checkpoint, load_trainer, load_weights, save_checkpoint
-from hope.config import RunConfig, TrainConfig
-from hope.data import SEPARATOR, VOCAB_SIZE, Corpus, WindowSampler, validation_batches
+from hope.config import RunConfig
+from hope.data import VOCAB_SIZE, Corpus, WindowSampler
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.generate import decode, generate
-from hope.layers import ContinuumMemory
 from hope.model import LanguageModel
-from hope.optim import MultiFrequency
 from hope.plot import plot_loss
-
-_LN2 = math.log(2)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite; the message says where, and what is left."""
+from hope.train.divergence import TrainingDiverged
+from hope.train.metrics import JsonLines
+from hope.train.optimizer import make_optimizer
+from hope.train.schedule import learning_rate
+from hope.train.signals import StopSignals
+from hope.train.validation import LN2, autocast, bits_per_byte
 
 
 @dataclass(frozen=True)
@@ -50,70 +43,6 @@ class TrainResult:
     sample: str | None
     signal: signal.Signals | None
     files: dict[str, Path]
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then cosine or linear down to lr * lr_final."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    height = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.lr * (config.lr_final + (1 - config.lr_final) * height)
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on the matrices of linear layers and embeddings only.
-
-    With `config.level_periods` the MLPs of continuum memory systems are groups of their own, which
-    move by what they have accumulated once in their period; all else moves in every step.
-    """
-    matrices = {
-        module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))
-    }
-    period_of = {
-        parameter: period
-        for memory in model.modules()
-        if isinstance(memory, ContinuumMemory) and config.level_periods
-        for level, period in zip(memory.levels, config.level_periods, strict=True)
-        for parameter in level.parameters()
-    }
-    groups = []
-    for period in sorted({1, *period_of.values()}):
-        members = [p for p in model.parameters() if period_of.get(p, 1) == period]
-        groups += [
-            {"params": [p for p in members if p in matrices], "weight_decay": config.weight_decay},
-            {"params": [p for p in members if p not in matrices], "weight_decay": 0.0},
-        ]
-        if config.level_periods:
-            groups[-2]["period"] = groups[-1]["period"] = period
-    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.level_periods:
-        return MultiFrequency(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-@torch.no_grad()
-def bits_per_byte(model: LanguageModel, tokens: Tensor, config: TrainConfig) -> float:
-    """The mean code length of a byte under the model, over fixed windows read from a fresh state.
-
-    A document's end has to be coded too: its nats count, while only bytes are divided by.
-    """
-    device = model.embedding.weight.device
-    nats, count = 0.0, 0
-    batches = validation_batches(tokens, config.sequence, config.batch, config.validation_tokens)
-    for inputs, targets in batches:
-        with autocast(device, config):
-            logits = model(inputs.to(device))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum")
-        nats += loss.item()
-        count += int((targets != SEPARATOR).sum())
-    return nats / count / _LN2
-
-
-def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """The context in which activations have the config's dtype."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 class Trainer:
@@ -147,7 +76,7 @@ class Trainer:
         train = config.train
         torch.manual_seed(train.seed)
         self.model = LanguageModel(config.model).to(self.device)
-        self.loss = torch.compile(self.model.loss) if train.compile else self.model.loss
+        self.loss = self._wrapped_loss()
         self.optimizer = make_optimizer(self.model, train)
         self.sampler = WindowSampler(corpus.train, train.sequence, train.batch, train.seed)
         self.step, self.seconds = 0, 0.0
@@ -156,6 +85,10 @@ class Trainer:
         self._saved_at: int | None = None
         if checkpoint is not None:
             self._load(checkpoint)
+
+    def _wrapped_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What a training step calls: the one place that wraps the model."""
+        return torch.compile(self.model.loss) if self.config.train.compile else self.model.loss
 
     @property
     def tokens(self) -> int:
@@ -179,16 +112,15 @@ class Trainer:
             disable=not progress,
         )
         self.model.train()
-        with bar, self.metrics.open("a", buffering=1) as metrics, _StopSignals() as stop:
+        metrics = JsonLines(self.metrics, self.step)
+        with bar, contextlib.closing(metrics), StopSignals() as stop:
             while self.step < train.steps and stop.received is None:
                 record = self._train_step()
-                metrics.write(json.dumps(record) + "\n")
+                metrics.write(record)
                 if self.step % train.validate_every == 0 or self.step == train.steps:
                     self.validation = self._validate()
                     validation = {"validation_bits_per_byte": self.validation}
-                    metrics.write(
-                        json.dumps({"step": self.step, "tokens": self.tokens, **validation}) + "\n"
-                    )
+                    metrics.write({"step": self.step, "tokens": self.tokens, **validation})
                 if self.step % train.checkpoint_every == 0 or self.step == train.steps:
                     self._save()
                 shown = {"loss": f"{record['train_bits_per_byte']:.3f}"}
@@ -206,12 +138,9 @@ class Trainer:
         rate = learning_rate(train, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs, targets = self.sampler.next_batch()
-        with autocast(self.device, train):
-            loss = self.loss(inputs.to(self.device), targets.to(self.device))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
-        values = {"train_bits_per_byte": loss.item() / _LN2, "gradient_norm": norm.item()}
+        loss = self._backward(*self._take_batch())
+        norm = self._clip_gradient()
+        values = {"train_bits_per_byte": loss.item() / LN2, "gradient_norm": norm.item()}
         if not all(math.isfinite(value) for value in values.values()):
             raise TrainingDiverged(self._divergence(values, rate))
         self.optimizer.step()
@@ -227,6 +156,22 @@ class Trainer:
             "tokens_per_second": train.tokens_per_step / seconds,
             "seconds": self.seconds,
         }
+
+    def _take_batch(self) -> tuple[Tensor, Tensor]:
+        """The inputs and targets of a step: the one place that knows the sampler."""
+        inputs, targets = self.sampler.next_batch()
+        return inputs.to(self.device), targets.to(self.device)
+
+    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Adds the gradient of the loss to the parameters'; the loss."""
+        with autocast(self.device, self.config.train):
+            loss = self.loss(inputs, targets)
+        loss.backward()
+        return loss
+
+    def _clip_gradient(self) -> Tensor:
+        """Limits the gradient; its norm before that. The one place that sees it whole."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
 
     def _divergence(self, values: dict[str, float], rate: float) -> str:
         what = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
@@ -271,10 +216,6 @@ class Trainer:
         torch.set_rng_state(state["random"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.validation, self._saved_at = state["validation"], state["step"]
-        # What a killed run wrote after its last checkpoint will be written again.
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        with atomic_file(self.metrics) as path:
-            path.write_text("".join(line + "\n" for line in lines if _step_of(line) <= self.step))
 
     def _finish(self, received: signal.Signals | None) -> TrainResult:
         files = {"metrics": self.metrics}
@@ -290,44 +231,3 @@ class Trainer:
             with atomic_file(files["sample"]) as path:
                 path.write_text(sample)
         return TrainResult(self.validation, self.tokens, self.seconds, sample, received, files)
-
-
-def _step_of(line: str) -> float:
-    """The step of a metrics line; of one that a kill cut short, infinity."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf
-
-
-class _StopSignals:
-    """While open, a first SIGINT or SIGTERM is only noted; a second raises KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> "_StopSignals":
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._stack.enter_context(_handler(number, self._note))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        # print is not safe in a handler: it may have interrupted another print.
-        os.write(2, b"\nstopping after this step, with a checkpoint (again: at once, without)\n")
-
-
-@contextlib.contextmanager
-def _handler(number: signal.Signals, handle: Any) -> Iterator[None]:
-    previous = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        signal.signal(number, previous)
