@@ -9,13 +9,11 @@ from hope import (
     AttentionConfig,
     CmsConfig,
     HopeConfig,
-    HopeError,
     LanguageModel,
     ModelConfig,
     RunConfig,
     TitansConfig,
 )
-from hope.config import LearnConfig
 from hope.continual import Learner, learn_config, learned_weights
 
 import hope_ext
@@ -154,7 +152,7 @@ def test_learning_is_a_plain_loop(mixer, updates):
         )
         loss = F.cross_entropy(logits[0], part[0, 1:])
         assert nats[segment] == pytest.approx(8 * loss.item(), rel=1e-6)
-        learned = sum(names, [])
+        learned = [name for level in names for name in level]
         grads = torch.autograd.grad(loss, [leaves[n] for n in learned])
         state = state.detach()
         if updates:

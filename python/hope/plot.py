@@ -52,6 +52,29 @@ def plot_runs(runs: Sequence[dict[str, Any]], picture: Path) -> None:
     _save(figure, picture)
 
 
+def plot_matrices(results: Sequence[dict[str, Any]], domains: Sequence[str], picture: Path) -> None:
+    """Draws what each domain's held-out text costs while they are learned in sequence, as a PNG.
+
+    results: of `hope.continual.ContinualEvaluation`; a panel each. A dot is the domain that has
+    just been learned: what rises after it is being forgotten.
+    """
+    figure = _figure(4 * len(results) + 1, 4.5)
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    stages = range(len(domains))
+    for axes, result in zip(panels, results, strict=True):
+        for j, (name, losses) in enumerate(
+            zip(domains, zip(*result["bits_per_byte"], strict=True), strict=True)
+        ):
+            axes.plot(stages, losses, color=f"C{j}", label=name)
+            axes.plot(j, losses[j], color=f"C{j}", marker="o")
+        axes.set(title=result["name"], xlabel="after learning")
+        axes.set_xticks(stages, domains, rotation=20)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="bits per byte of held-out text")
+    panels[0].legend()
+    _save(figure, picture)
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed only here
     from matplotlib.figure import Figure

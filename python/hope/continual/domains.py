@@ -14,7 +14,7 @@ from torch import Tensor
 from hope.data import Document, encode
 from hope.errors import HopeError
 
-_LINES = 200  # of a generated document
+_LINES, _LOG_LINES = 200, 25  # of a generated document
 _LONGEST = 16_384  # bytes of a document, so that no file is most of a text
 
 
@@ -111,7 +111,11 @@ def _arithmetic(draw: random.Random, held_out: bool) -> Iterator[str]:
 
 
 _SERVICES = {
-    "auth": ("user {user} logged in from {ip}", "user {user} logged out", "bad password for {user}"),
+    "auth": (
+        "user {user} logged in from {ip}",
+        "user {user} logged out",
+        "wrong password: {user}",
+    ),
     "db": ("query took {ms} ms", "connection {number} opened", "connection {number} closed"),
     "web": (
         'GET /{page} {status} {ms} ms "{ip}"',
@@ -126,14 +130,15 @@ _LEVELS = ("INFO", "INFO", "INFO", "INFO", "DEBUG", "WARNING", "ERROR")
 def _logs(draw: random.Random, held_out: bool) -> Iterator[str]:
     """Log files of servers: rising times, services with messages of their own, requests that fail.
 
-    Every document is a day of one host; those that are held out are of another year.
+    Every document is an hour or so of one host. The days are those of even years, or of odd ones
+    for what is held out.
     """
-    year = 2026 if held_out else 2025
     while True:
         host = f"{draw.choice(('node', 'edge', 'store'))}-{draw.randrange(100):02d}"
+        year = 2000 + 2 * draw.randrange(13) + held_out
         day = f"{year}-{draw.randint(1, 12):02d}-{draw.randint(1, 28):02d}"
-        second, number, lines = draw.randrange(3600), draw.randrange(10_000), []
-        for _ in range(_LINES):
+        second, number, lines = draw.randrange(20 * 3600), draw.randrange(10_000), []
+        for _ in range(_LOG_LINES):
             second += draw.randrange(60)
             number += draw.randrange(3)
             service = draw.choice(tuple(_SERVICES))

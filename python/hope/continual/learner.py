@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hope.config import AttentionConfig, LearnConfig, RunConfig
+from hope.config import LearnConfig, RunConfig
 from hope.errors import HopeError
+from hope.layers import MLP, SwiGLU
 from hope.model import LanguageModel, ModelState
 from hope.optim import MultiFrequency
 from hope.train import TrainingDiverged, autocast
@@ -23,9 +24,9 @@ def learn_config(run: RunConfig, **settings: Any) -> LearnConfig:
     """`settings` of a LearnConfig, and what fits the run's model where they say nothing.
 
     method: "cms" for a model that has one, else "finetune". chunks: the model's own (the fastest
-    for nested levels, which are one MLP). segment: the fastest chunk, or 64. context: that of the
-    training with softmax attention, whose state grows with the text; else the state is carried to
-    the end. Raises HopeError for settings that do not fit the model.
+    for nested levels, which are one MLP). segment: the fastest chunk, or 64. context: the length of
+    the training's sequences: what a model carries beyond it, it has not been trained for, and with
+    softmax attention it grows. Raises HopeError for settings that do not fit the model.
     """
     cms = run.model.cms
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -40,9 +41,7 @@ def learn_config(run: RunConfig, **settings: Any) -> LearnConfig:
             )
         settings.setdefault("segment", min(chunks))
     segment = settings.setdefault("segment", _SEGMENT)
-    if isinstance(run.model.mixer, AttentionConfig):
-        # Whole segments, and no farther than positions have been seen.
-        settings.setdefault("context", max(segment, run.train.sequence // segment * segment))
+    settings.setdefault("context", max(segment, run.train.sequence // segment * segment))
     return LearnConfig(**settings)
 
 
@@ -171,20 +170,15 @@ def learned_weights(model: LanguageModel, method: str) -> list[list[nn.Parameter
     if method == "finetune":
         return [list(model.parameters())]
     if method == "mlp":
-        mlps = [
-            [block.mlp] if block.cms is None else [level.mlp for level in block.cms.levels]
-            for block in model.blocks
-        ]
-        return [[w for mlp in sum(mlps, []) for w in mlp.parameters()]]
+        mlps = [module for module in model.modules() if isinstance(module, (MLP, SwiGLU))]
+        return [[w for mlp in mlps for w in mlp.parameters()]]
     paces = range(model.config.cms.mlps)
     return [
         [w for block in model.blocks for w in block.cms.levels[i].mlp.parameters()] for i in paces
     ]
 
 
-def _sum(
-    weights: Sequence[Tensor], start: Sequence[Tensor], sign: int
-) -> tuple[Tensor, Tensor]:
+def _sum(weights: Sequence[Tensor], start: Sequence[Tensor], sign: int) -> tuple[Tensor, Tensor]:
     start = start if sign > 0 else [w.detach() for w in start]
     first, second = (w + sign * s for w, s in zip(weights, start, strict=True))
     return first, second
