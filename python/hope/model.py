@@ -117,6 +117,17 @@ class LanguageModel(nn.Module):
         return_state: also returns the state after the last token. Raises ValueError on a wrong
         shape or state.
         """
+        x, state = self.features(tokens, state, cu_seqlens)
+        logits = F.linear(x, self.embedding.weight).float()
+        return (logits, state) if return_state else logits
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """What the head reads, [B, T, dim], and the state after the last token; as `forward`."""
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
             got = f"{tuple(tokens.shape)} {tokens.dtype}"
             raise ValueError(f"tokens must be [B, T] int64 with T >= 1, not {got}")
@@ -134,8 +145,7 @@ class LanguageModel(nn.Module):
             x, layer, levels = block(x, *before, cu_seqlens)
             layers.append(layer)
             cms.append(levels)
-        logits = F.linear(self.norm(x), self.embedding.weight).float()
-        return (logits, ModelState(tuple(layers), tuple(cms))) if return_state else logits
+        return self.norm(x), ModelState(tuple(layers), tuple(cms))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar."""

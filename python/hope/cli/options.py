@@ -41,6 +41,34 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_judged(parser: argparse.ArgumentParser, task: str) -> None:
+    """The options of what judges a trained run: run, --batch, --out and --device."""
+    parser.add_argument(
+        "run", type=Path, help="the directory of a run, or of one of its checkpoints"
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=16,
+        help="how many texts are read side by side (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"where the figures go, as JSON (default: {task}.json in RUN)",
+    )
+    add_device(parser)
+
+
+def judged_out(options: argparse.Namespace, task: str) -> Path:
+    """Where the figures go; HopeError now rather than after hours if that cannot be."""
+    out = options.out or options.run / f"{task}.json"
+    if not out.parent.is_dir():
+        raise HopeError(f"there is no directory {out.parent} to write {out.name} into")
+    return out
+
+
 def positive(text: str) -> int:
     """A count such as 3000000, 3_000_000 or 3e6."""
     try:
