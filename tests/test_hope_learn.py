@@ -1,6 +1,10 @@
 """Learning while reading: against the operator and a plain loop, due levels alone, runs."""
 
+import json
+import re
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +13,18 @@ from hope import (
     AttentionConfig,
     CmsConfig,
     HopeConfig,
+    HopeError,
     LanguageModel,
     ModelConfig,
     RunConfig,
     TitansConfig,
+    TrainingDiverged,
+    load_model,
 )
+from hope.cli import main
+from hope.config import LearnConfig, from_dict, to_dict
 from hope.continual import Learner, learn_config, learned_weights
+from hope.continual.run import LearnRun, load_lesson
 
 import hope_ext
 
@@ -188,3 +198,276 @@ def test_only_levels_that_are_due_move(rule):
             due = [8 * (segment + 1) % c == 0 for c in CHUNKS]
             moves = any(id(w) in level and d for level, d in zip(paces, due, strict=True))
             assert torch.equal(w, before[name]) != moves, (segment, name)
+
+
+@pytest.mark.parametrize("mixer", ["hope", "attention"])
+def test_nested_levels_are_one_mlp_and_move_at_the_fastest_pace(mixer):
+    run = run_config(mixer, "nested")
+    config = learn_config(run, rule="sgd")
+    assert config.chunks == (8,)
+    model, tokens = made(run), text(8 * 5 + 1)
+    learner = Learner(model, run, config)
+    before = parameters(model)
+    read(learner, tokens)
+    moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
+    assert moved == {
+        f"blocks.{b}.cms.levels.0.mlp.{part}.weight" for b in range(2) for part in ("up", "down")
+    }
+
+
+@pytest.mark.parametrize("method", ["finetune", "mlp"])
+def test_fine_tuning_is_a_step_of_adamw_for_every_segment(method):
+    run = run_config("attention", chunks=None)
+    model, tokens = made(run), text(16 * 6 + 1)
+    config = learn_config(run, method=method, segment=16, lr=(1e-3,), clip=0.5, context=16)
+    by_torch = made(run)
+    read(Learner(model, run, config), tokens)
+    weights = [w for n, w in by_torch.named_parameters() if method == "finetune" or ".mlp." in n]
+    train = run.train
+    options = {"betas": (train.beta1, train.beta2), "eps": train.eps, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, **options)
+    for i in range(0, 96, 16):  # the context is one segment: windows that know nothing before
+        part = tokens[i : i + 17].long()[None]
+        optimizer.zero_grad()
+        by_torch.loss(part[:, :-1], part[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 0.5)
+        optimizer.step()
+    expected = dict(by_torch.named_parameters())
+    for name, w in model.named_parameters():
+        torch.testing.assert_close(w, expected[name], rtol=1e-7, atol=1e-9, msg=name)
+    assert len(weights) < len(expected) or method == "finetune"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_learner_goes_on_from_its_state_bit_for_bit(mixer):
+    run = run_config(mixer)
+    config = learn_config(run, context=32)
+    tokens = text(8 * 9 + 1)
+    whole = made(run)
+    nats = read(Learner(whole, run, config), tokens)
+    model = made(run)
+    first = Learner(model, run, config)
+    assert read(first, tokens[: 8 * 5 + 1]) == nats[:5]  # in the middle of a context and a chunk
+    saved, weights = first.state_dict(), parameters(model)
+    again = made(run)
+    again.load_state_dict(weights)
+    second = Learner(again, run, config)
+    second.load_state_dict(saved)
+    assert read(second, tokens, 8 * 5) == nats[5:]
+    for a, b in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_carried_does_not_grow_and_starts_anew_after_the_context():
+    run = run_config("attention")
+    config = learn_config(run)
+    assert config.context == run.train.sequence == 32
+    learner, tokens, sizes = Learner(made(run), run, config), text(8 * 16 + 1), []
+    for i in range(16):
+        learner.read(tokens[8 * i : 8 * i + 9])
+        sizes.append(sum(x.numel() for x in learner.state_dict()["state"] if x is not None))
+    assert sizes[:4] * 4 == sizes
+    assert sizes[0] < sizes[3]
+
+
+def test_a_last_part_is_read_and_not_learned():
+    run = run_config("hope")
+    model = made(run)
+    learner, tokens = Learner(model, run, learn_config(run)), text(8)
+    before = parameters(model)
+    with torch.no_grad():
+        cost = model.loss(tokens[None, :-1].long(), tokens[None, 1:].long())
+    assert learner.read(tokens) == pytest.approx(7 * cost.item(), rel=1e-6)
+    assert all(torch.equal(w, before[name]) for name, w in model.named_parameters())
+    for wrong in (tokens[:1], text(10)):
+        with pytest.raises(ValueError, match=r"tokens must be 2 to 9, not \d+"):
+            learner.read(wrong)
+
+
+def test_learning_that_diverges_says_so():
+    run = run_config("hope")
+    model = made(run)
+    with torch.no_grad():
+        model.blocks[0].cms.levels[0].mlp.up.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingDiverged, match=r"learning diverged \(loss nan"):
+        Learner(model, run, learn_config(run)).read(text(9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "sleep"}, "method must be 'cms', 'finetune' or 'mlp', not 'sleep'"),
+        ({"rule": "adam"}, "rule must be 'adamw' or 'sgd', not 'adam'"),
+        ({"segment": 0}, "segment must be at least 1, not 0"),
+        ({"chunks": (8, 16)}, r"chunks must be 3 numbers, .* not \(8, 16\)"),
+        ({"segment": 16}, r"chunks must be whole segments of 16 tokens, not \(8, 16, 32\)"),
+        ({"context": 12}, "context must be whole segments of 8 tokens, not 12"),
+        ({"context": -8}, "context must be at least 0, not -8"),
+        ({"lr": (1e-3, 1e-4)}, "lr must be one number, or one for each of chunks, not"),
+        ({"lr": (0.0,)}, r"lr must be above 0, not \(0.0,\)"),
+        ({"clip": 0.0}, "clip must be above 0, not 0.0"),
+        ({"method": "mlp", "chunks": (8,)}, r"chunks must be empty with the method mlp, not \(8,"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(HopeError, match=message):
+        learn_config(run_config(), **settings)
+
+
+def test_levels_need_a_cms():
+    with pytest.raises(HopeError, match="method 'cms' needs a model with a CMS, and small has"):
+        learn_config(run_config(chunks=None), method="cms")
+    assert learn_config(run_config(chunks=None)).method == "finetune"
+
+
+def test_settings_have_a_json_form():
+    config = learn_config(run_config(), lr=(1e-3, 1e-4, 1e-5))
+    assert from_dict(LearnConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+# ---- hope learn ----------------------------------------------------------------------------------
+
+SMALL = [
+    *("--set", "model.dim=16", "--set", "model.layers=1", "--set", "model.mixer.head_dim=8"),
+    *("--set", "model.mixer.heads=2", "--set", "train.batch=2", "--set", "train.sequence=32"),
+    *("--set", "train.validation_tokens=64"),
+]
+LEVELS = ["--set", "model.cms.chunk_sizes=[8, 16, 32, 512]"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Two runs and two texts, in the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    (tmp_path / "new.txt").write_text("12 + 34 = 46, 5 + 6 = 11\n" * 20)  # 500 bytes
+    for name, more in (("hope-tiny-cms", LEVELS), ("tiny-transformer", [])):
+        train = ["train", "--preset", name, "--data", "old.txt", "--steps", "3"]
+        assert main([*train, *SMALL, *more, "--out", name]) == 0
+    return tmp_path
+
+
+def learn(*arguments):
+    return main(["learn", *arguments])
+
+
+def weights(run):
+    return load_model(run).state_dict()
+
+
+def test_learn_reports_and_leaves_an_ordinary_checkpoint(trained, capsys):
+    assert learn("--checkpoint", "hope-tiny-cms", "--text", "new.txt", "--lr", "1e-2") == 0
+    out = capsys.readouterr().out
+    result = json.loads((trained / "runs/learn/learn.json").read_text())
+    bits = result["bits_per_byte"]
+    assert bits["after"]["new"] < bits["before"]["new"]
+    for name in ("new", "old"):
+        before, after = bits["before"][name], bits["after"][name]
+        assert re.search(rf"{name} text, held out +{before:.4f} +{after:.4f} +[+-]", out)
+    assert result["tokens"] == 500 - 33  # all but what is held out and the last
+    assert result["texts"]["old"].startswith("old.txt")  # the run's own data
+    for file in ("learn.json", "metrics.jsonl", "loss.png", "checkpoints/step-"):
+        assert f"runs/learn/{file}" in out
+    old, new = weights("hope-tiny-cms"), weights("runs/learn")
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    fast = [f"blocks.0.cms.levels.{i}.mlp." for i in range(3)]  # the slowest is not due yet
+    assert moved == {level + part for level in fast for part in ("up.weight", "down.weight")}
+    for command in (["generate", "runs/learn"], ["learn", "--checkpoint", "runs/learn"]):
+        more = ["--length", "5"] if command[0] == "generate" else ["--text", "new.txt"]
+        assert main([*command, *more]) == 0
+    assert main(["evaluate", "lm", "runs/learn", "--data", "new.txt"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", "runs/learn"]) == 2  # it is no training's
+    assert "hope: error: " in capsys.readouterr().err
+
+
+def test_the_next_text_goes_on_with_what_is_pending(trained, capsys):
+    """The slowest level is due after 512 tokens: in the second text."""
+    slow = "blocks.0.cms.levels.3.mlp.down.weight"
+    start = weights("hope-tiny-cms")[slow]
+    assert learn("--checkpoint", "hope-tiny-cms", "--text", "new.txt", "--out", "a") == 0
+    assert learn("--checkpoint", "a", "--text", "new.txt", "--out", "b") == 0
+    assert learn("--checkpoint", "a", "--text", "new.txt", "--out", "c", "--anew") == 0
+    assert torch.equal(weights("a")[slow], start)
+    assert not torch.equal(weights("b")[slow], start)
+    assert torch.equal(weights("c")[slow], start)
+    capsys.readouterr()
+    assert learn("--checkpoint", "a", "--text", "new.txt", "--rule", "sgd") == 2
+    error = capsys.readouterr().err
+    assert "rule was adamw when this checkpoint learned, not sgd; --anew drops" in error
+    # What it was told before holds: the same call with all of it spelled out gives the same.
+    spelled = ("--rule", "adamw", "--chunks", "8", "16", "32", "512", "--segment", "8")
+    assert learn("--checkpoint", "a", "--text", "new.txt", "--out", "d", *spelled) == 0
+    assert all(torch.equal(w, weights("b")[name]) for name, w in weights("d").items())
+
+
+def test_fine_tuning_moves_every_weight_of_a_transformer(trained):
+    assert learn("--checkpoint", "tiny-transformer", "--text", "new.txt", "--old", "old.txt") == 0
+    old, new = weights("tiny-transformer"), weights("runs/learn")
+    assert not any(torch.equal(old[name], new[name]) for name in old)
+    result = json.loads((trained / "runs/learn/learn.json").read_text())
+    assert result["learned_parameters"] == result["parameters"]
+    assert result["lesson"]["old"] == ["old.txt"]
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_run_that_ends_early_resumes_bit_for_bit(trained, capsys, monkeypatch, how):
+    call = ("--checkpoint", "hope-tiny-cms", "--text", "new.txt")
+    assert learn(*call, "--out", "whole") == 0
+    read_, count = Learner.read, [0]
+
+    def ends(learner, tokens):
+        count[0] += 1
+        if count[0] == 13 and how == "killed":
+            raise MemoryError
+        if count[0] == 13:
+            signal.raise_signal(signal.SIGTERM)
+        return read_(learner, tokens)
+
+    monkeypatch.setattr(Learner, "read", ends)
+    if how == "stopped":
+        assert learn(*call, "--out", "cut") == 128 + signal.SIGTERM
+        assert "after 104 tokens; continue with: hope learn --resume --out cut" in (
+            capsys.readouterr().out
+        )
+    else:
+        lesson = load_lesson(Path("whole"))
+        lesson = replace(lesson, learn=replace(lesson.learn, checkpoint_every=64))
+        with pytest.raises(MemoryError):
+            LearnRun(lesson, Path("cut")).run(progress=False)
+    monkeypatch.setattr(Learner, "read", read_)
+    assert learn("--resume", "--out", "cut") == 0
+    assert all(torch.equal(w, weights("whole")[name]) for name, w in weights("cut").items())
+    whole, cut = (json.loads(Path(name, "learn.json").read_text()) for name in ("whole", "cut"))
+    assert cut["bits_per_byte"] == whole["bits_per_byte"]
+    capsys.readouterr()
+    assert learn("--resume", "--out", "cut") == 0  # finished
+    assert "continued after 467 tokens" in capsys.readouterr().out
+
+
+def test_what_learn_refuses(trained, capsys):
+    def refused(*arguments):
+        capsys.readouterr()
+        assert learn(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("hope: error: ")
+        assert error.count("\n") == 1
+        return error
+
+    hope, text_ = ("--checkpoint", "hope-tiny-cms"), ("--text", "new.txt")
+    assert "--text is missing" in refused(*hope)
+    assert "--checkpoint is missing" in refused(*text_)
+    assert "no such run or checkpoint: absent" in refused("--checkpoint", "absent", *text_)
+    assert "no such file or directory: absent.txt" in refused(*hope, "--text", "absent.txt")
+    assert "no such file or directory: gone" in refused(*hope, *text_, "--old", "gone")
+    assert "hope-tiny-cms is not empty; continue" in refused(*hope, *text_, "--out", hope[1])
+    transformer = ("--checkpoint", "tiny-transformer", *text_)
+    assert "method 'cms' needs a model with a CMS" in refused(*transformer, "--method", "cms")
+    assert "hope-tiny-cms is no run of hope learn" in refused("--resume", "--out", hope[1])
+    assert "lr must be above 0" in refused(*hope, *text_, "--lr", "0")
+    assert not (trained / "runs").exists()
+    assert learn(*hope, *text_, "--out", "mine") == 0
+    again = ("--resume", "--out", "mine")
+    assert "--resume takes no --text, --lr" in refused(*again, *text_, "--lr", "1")
+    (trained / "new.txt").write_text("another text " * 50)
+    assert "the text is not what the run in mine began with" in refused(*again)

@@ -1,6 +1,7 @@
 """`hope evaluate continual`."""
 
 import argparse
+import re
 from pathlib import Path
 
 from hope.cli.options import Commands, add_device, latest_run, new_run, positive
@@ -33,13 +34,15 @@ def add(commands: Commands) -> None:
             "Trains models on the first of several kinds of text, lets them learn the others one\n"
             "after the other, each read once, and shows what every kind costs after each. Models\n"
             "with a continuum memory system learn by its levels, others by fine-tuning; a preset\n"
-            "with :METHOD says another way. Without presets: " + ", ".join(_EVALUATED) + "."
+            "with :METHOD says another way, with @RATE another rate. Without presets: "
+            + ", ".join(_EVALUATED)
+            + "."
         ),
         epilog=(
             f"domains: {', '.join(DOMAINS)}\nmethods: {', '.join(METHODS)}\n"
             "\nexamples:\n"
             "  hope evaluate continual\n"
-            "  hope evaluate continual hope-tiny-cms hope-tiny-cms:finetune --tokens 50000\n"
+            "  hope evaluate continual hope-tiny-cms hope-tiny-cms:finetune@3e-4\n"
             "  hope evaluate continual --resume\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,7 +50,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "presets",
         nargs="*",
-        metavar="PRESET[:METHOD]",
+        metavar="PRESET[:METHOD][@RATE]",
         help=f"presets: {', '.join(PRESETS)}",
     )
     parser.add_argument(
@@ -91,10 +94,10 @@ def add(commands: Commands) -> None:
         "of them, ... as many as there are levels)",
     )
     parser.add_argument(
-        "--lr", type=float, nargs="+", help="of the levels, one or one for each (default: 1e-4)"
-    )
-    parser.add_argument(
-        "--finetune-lr", type=float, default=3e-4, help="of other methods (default: %(default)s)"
+        "--lr",
+        type=float,
+        default=1e-4,
+        help="rate where a model names none (default: %(default)s)",
     )
     parser.add_argument(
         "--set",
@@ -147,9 +150,16 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _pupil(options: argparse.Namespace, name: str) -> Pupil:
-    known, _, method = name.partition(":")
-    if method and method not in METHODS:
-        raise HopeError(f"{name!r}: the method must be one of {', '.join(METHODS)}")
+    parts = re.fullmatch(r"([^:@]+)(?::([^@]*))?(?:@(.*))?", name)
+    if parts is None:
+        raise HopeError(f"a model is PRESET, PRESET:METHOD or either @RATE, not {name!r}")
+    known, method, rate = parts.groups()
+    if method is not None and method not in METHODS:
+        raise HopeError(f"the method of {name!r} must be one of {', '.join(METHODS)}")
+    try:
+        rate = options.lr if rate is None else float(rate)
+    except ValueError:
+        raise HopeError(f"the rate of {name!r} must be a number, not {rate!r}") from None
     run: RunConfig = override(
         preset(known),
         [f"train.tokens={options.first}", f"train.seed={options.seed}", *options.set],
@@ -160,6 +170,6 @@ def _pupil(options: argparse.Namespace, name: str) -> Pupil:
         chunks = tuple(
             options.chunks or [options.segment * 4**i for i in range(run.model.cms.mlps)]
         )
-    rates = tuple(options.lr or (1e-4,)) if method == "cms" else (options.finetune_lr,)
-    learn = learn_config(run, method=method, segment=options.segment, chunks=chunks, lr=rates)
+    segment = options.segment
+    learn = learn_config(run, method=method, segment=segment, chunks=chunks, lr=(rate,))
     return Pupil(name, run, learn)

@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         type=float,
         nargs="+",
         metavar="RATE",
-        help="learning rate: one, or one for each level (default: 1e-3)",
+        help="learning rate: one, or one for each level (default: 1e-4)",
     )
     parser.add_argument("--rule", choices=("adamw", "sgd"), help="(default: adamw)")
     parser.add_argument(

@@ -25,7 +25,7 @@ class LearnConfig:
     chunks: tuple[int, ...] = ()
     context: int = 0
     rule: str = "adamw"
-    lr: tuple[float, ...] = (1e-3,)
+    lr: tuple[float, ...] = (1e-4,)
     clip: float = 1.0
     checkpoint_every: int = 262_144  # tokens
 

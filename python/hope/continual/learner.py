@@ -40,9 +40,11 @@ def learn_config(run: RunConfig, **settings: Any) -> LearnConfig:
                 f"chunks must be {cms.mlps} numbers, one for each MLP of the CMS, not {chunks}"
             )
         settings.setdefault("segment", min(chunks))
-    segment = settings.setdefault("segment", _SEGMENT)
-    settings.setdefault("context", max(segment, run.train.sequence // segment * segment))
-    return LearnConfig(**settings)
+    config = LearnConfig(**{"segment": _SEGMENT, **settings})
+    if "context" in settings:
+        return config
+    whole = max(1, run.train.sequence // config.segment)
+    return replace(config, context=whole * config.segment)
 
 
 class Learner:

@@ -101,6 +101,7 @@ class LearnRun:
         self.step, self.seconds, self.position = 0, 0.0, 0
         self.nats, self.bytes = 0.0, 0
         self.before: dict[str, float] = {}
+        self._saved_at: int | None = None
         state = learned_state(source)
         if resume and state is None:
             raise HopeError(f"{out} is no run of hope learn: there is no learner's state in it")
@@ -158,7 +159,8 @@ class LearnRun:
         if count:
             metrics.write(self._record(nats, count))
         metrics.close()
-        self._save()
+        if self._saved_at != self.step:
+            self._save()
         return self._finish(stop.received)
 
     def _record(self, nats: float, count: int) -> dict[str, Any]:
@@ -210,6 +212,7 @@ class LearnRun:
         }
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.out, self.step, self.config, self.learner.model, state, keep)
+        self._saved_at = self.step
 
     def _resume(self, state: dict[str, Any]) -> None:
         if state["corpus"] != self.corpus.fingerprint:
@@ -220,6 +223,7 @@ class LearnRun:
         self.before = state["before"]
         for name in _COUNTS:
             setattr(self, name, state[name])
+        self._saved_at = self.step
 
 
 def learned_state(checkpoint: Path) -> dict[str, Any] | None:
