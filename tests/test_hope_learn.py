@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -335,15 +336,25 @@ SMALL = [
 LEVELS = ["--set", "model.cms.chunk_sizes=[8, 16, 32, 512]"]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A directory with two runs and two texts."""
+    path = tmp_path_factory.mktemp("runs")
+    (path / "old.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    (path / "new.txt").write_text("12 + 34 = 46, 5 + 6 = 11\n" * 20)  # 500 bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        for name, more in (("hope-tiny-cms", LEVELS), ("tiny-transformer", [])):
+            train = ["train", "--preset", name, "--data", "old.txt", "--steps", "3"]
+            assert main([*train, *SMALL, *more, "--out", name]) == 0
+    return path
+
+
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """Two runs and two texts, in the working directory of the test."""
+def trained(runs, tmp_path, monkeypatch):
+    """A copy of it, in which the test runs."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "old.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
-    (tmp_path / "new.txt").write_text("12 + 34 = 46, 5 + 6 = 11\n" * 20)  # 500 bytes
-    for name, more in (("hope-tiny-cms", LEVELS), ("tiny-transformer", [])):
-        train = ["train", "--preset", name, "--data", "old.txt", "--steps", "3"]
-        assert main([*train, *SMALL, *more, "--out", name]) == 0
     return tmp_path
 
 

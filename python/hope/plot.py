@@ -55,22 +55,26 @@ def plot_runs(runs: Sequence[dict[str, Any]], picture: Path) -> None:
 def plot_matrices(results: Sequence[dict[str, Any]], domains: Sequence[str], picture: Path) -> None:
     """Draws what each domain's held-out text costs while they are learned in sequence, as a PNG.
 
-    results: of `hope.continual.ContinualEvaluation`; a panel each. A dot is the domain that has
-    just been learned: what rises after it is being forgotten.
+    results: of `hope.continual.ContinualEvaluation`; a panel each, with what has been learned last
+    from left to right. At a domain's dot it has just been learned: what rises after is forgotten.
     """
-    figure = _figure(4 * len(results) + 1, 4.5)
-    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    columns = min(4, len(results))
+    rows = -(-len(results) // columns)
+    figure = _figure(4 * columns, 4 * rows)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     stages = range(len(domains))
-    for axes, result in zip(panels, results, strict=True):
-        for j, (name, losses) in enumerate(
-            zip(domains, zip(*result["bits_per_byte"], strict=True), strict=True)
-        ):
+    for axes, result in zip(panels, results, strict=False):
+        for j, name in enumerate(domains):
+            losses = [row[j] for row in result["bits_per_byte"]]
             axes.plot(stages, losses, color=f"C{j}", label=name)
             axes.plot(j, losses[j], color=f"C{j}", marker="o")
-        axes.set(title=result["name"], xlabel="after learning")
+        axes.set_title(result["name"], fontsize="medium")
         axes.set_xticks(stages, domains, rotation=20)
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="bits per byte of held-out text")
+    for axes in panels[len(results) :]:
+        axes.remove()
+    for axes in panels[::columns]:
+        axes.set(ylabel="bits per byte, held out")
     panels[0].legend()
     _save(figure, picture)
 
