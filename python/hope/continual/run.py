@@ -1,12 +1,14 @@
 """Learning one text, once: a directory like a training run's, and what it has changed.
 
-A run is a directory: `checkpoints/` (ordinary ones, which also hold the learner's state),
+A run is a directory: `checkpoints/` (ordinary ones, which also hold `learner.pt`, its state),
 `metrics.jsonl` (what every few segments cost before they were learned from), `loss.png` and, when
 the text is read, `learn.json`.
 """
 
 import json
 import math
+import pickle
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -14,21 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hope.checkpoint import find_checkpoint, load_config, load_model, load_trainer, save_checkpoint
+from hope.checkpoint import find_checkpoint, load_config, load_model
 from hope.config import LearnConfig, from_dict, to_dict
 from hope.continual.learner import Learner
 from hope.data import SEPARATOR, load_corpus
 from hope.errors import HopeError
-from hope.files import atomic_file
+from hope.files import atomic_directory, atomic_file
 from hope.plot import plot_loss
 from hope.train import bits_per_byte
 from hope.train.metrics import JsonLines
 from hope.train.signals import StopSignals
 
 FILE = "learn.json"
+_WEIGHTS, _LEARNER = "model.safetensors", "learner.pt"
 _RECORD = 1024  # tokens of a record in metrics.jsonl
 _COUNTS = ("step", "seconds", "position", "nats", "bytes")  # of a LearnRun; saved
 # Settings that pending gradients and moments belong to.
@@ -91,6 +95,8 @@ class LearnRun:
             )
         source = find_checkpoint(out if resume else Path(lesson.checkpoint))
         self.config = load_config(source)
+        # The config and, where there is one, the tokenizer, as they are.
+        self._files = {file.name: file.read_bytes() for file in source.glob("*.json")}
         window = self.config.train.sequence
         self.corpus = load_corpus(lesson.text, window)
         old = load_corpus(lesson.old or self.config.data, window)
@@ -201,21 +207,27 @@ class LearnRun:
         return LearnResult(self.before, after, read, self.position, self.seconds, received, files)
 
     def _save(self) -> None:
+        """A checkpoint, complete or absent; older ones go as in a training."""
         state = {
-            "corpus": self.corpus.fingerprint,
-            "learn": {
-                "lesson": to_dict(self.lesson),
-                "learner": self.learner.state_dict(),
-                "before": self.before,
-                **{name: getattr(self, name) for name in _COUNTS},
-            },
+            "text": self.corpus.fingerprint,
+            "lesson": to_dict(self.lesson),
+            "learner": self.learner.state_dict(),
+            "before": self.before,
+            **{name: getattr(self, name) for name in _COUNTS},
         }
-        keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.out, self.step, self.config, self.learner.model, state, keep)
+        checkpoints = self.out / "checkpoints"
+        with atomic_directory(checkpoints / f"step-{self.step:08d}") as directory:
+            weights = self.learner.model.state_dict()
+            save_file({name: w.contiguous() for name, w in weights.items()}, directory / _WEIGHTS)
+            for name, content in self._files.items():
+                (directory / name).write_bytes(content)
+            torch.save(state, directory / _LEARNER)
+        for old in sorted(checkpoints.glob("step-*"))[: -self.config.train.keep_checkpoints]:
+            shutil.rmtree(old)
         self._saved_at = self.step
 
     def _resume(self, state: dict[str, Any]) -> None:
-        if state["corpus"] != self.corpus.fingerprint:
+        if state["text"] != self.corpus.fingerprint:
             raise HopeError(
                 f"the text is not what the run in {self.out} began with; it cannot be resumed"
             )
@@ -228,8 +240,13 @@ class LearnRun:
 
 def learned_state(checkpoint: Path) -> dict[str, Any] | None:
     """What `hope learn` has left in a checkpoint; None: it has not learned since its training."""
-    state = load_trainer(checkpoint)
-    return {**state["learn"], "corpus": state["corpus"]} if "learn" in state else None
+    path = checkpoint / _LEARNER
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise HopeError(f"cannot read the learner's state in {path}: {error}") from error
 
 
 def load_lesson(path: Path) -> Lesson | None:
