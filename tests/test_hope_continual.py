@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -138,6 +139,8 @@ def test_figures_are_those_of_their_definitions():
     again = [[2.0, 5.0, 7.0], [1.0, 3.0, 6.5], [3.5, 2.0, 4.0]]
     assert figures(again)["forgetting"] == pytest.approx((3.5 - 1.0) / 2)  # from its best
     assert figures([[1.0, 2.0], [1.0, 2.0]])["forward_transfer"] == 0.0
+    unlearned = [[2.0, 1.0, 7.0], [2.0, 3.0, 7.0], [2.0, 3.5, 4.0]]
+    assert figures(unlearned)["forgetting"] == pytest.approx((3.5 - 3.0) / 2)  # once it is learned
 
 
 def lines(tokens):
@@ -188,11 +191,10 @@ def test_log_files_have_rising_times_and_days_of_their_own():
 
 def test_docstrings_are_those_of_files_that_the_source_leaves_out():
     said = lines(make_domain("docstrings", 30_000, 3000).train)
-    source = bytes(make_domain("source", 400_000, 3000).train.clamp(max=255).byte().tolist())
-    text = source.decode(errors="replace")
+    text = "".join(text for side in (False, True) for text in DOMAINS["source"](Random(0), side))
     told = [line for line in said if len(line) > 60]
     assert len(told) > 50
-    assert sum(line in text for line in told) < 0.05 * len(told)  # licences repeat
+    assert sum(line in text for line in told) < 0.1 * len(told)  # some sentences repeat
     assert sum(line.startswith("def ") for line in said) < 0.01 * len(said)
 
 

@@ -480,5 +480,10 @@ def test_what_learn_refuses(trained, capsys):
     assert learn(*hope, *text_, "--out", "mine") == 0
     again = ("--resume", "--out", "mine")
     assert "--resume takes no --text, --lr" in refused(*again, *text_, "--lr", "1")
+    (newest,) = sorted((trained / "mine/checkpoints").iterdir())[-1:]
+    whole = (newest / "learner.pt").read_bytes()
+    (newest / "learner.pt").write_bytes(whole[:1000])
+    assert f"cannot read the learner's state in mine/checkpoints/{newest.name}" in refused(*again)
+    (newest / "learner.pt").write_bytes(whole)
     (trained / "new.txt").write_text("another text " * 50)
     assert "the text is not what the run in mine began with" in refused(*again)
