@@ -287,6 +287,9 @@ COMMANDS = {
     r"(\.venv/bin/)?hope learn\b.*": (
         "tests/test_hope_learn.py::test_learn_reports_and_leaves_an_ordinary_checkpoint"
     ),
+    r"(\.venv/bin/)?hope export\b.*": (
+        "tests/test_hope_checkpoint.py::test_export_copies_a_model_that_loads"
+    ),
     r"(\.venv/bin/)?hope compare\b.*": (
         "tests/test_hope_compare.py::test_compare_trains_presets_side_by_side"
     ),

@@ -8,8 +8,8 @@ stopping. trainer: the loop around them.
 from hope.train.divergence import TrainingDiverged
 from hope.train.optimizer import make_optimizer
 from hope.train.schedule import learning_rate
-from hope.train.trainer import Trainer, TrainResult
-from hope.train.validation import autocast, bits_per_byte
+from hope.train.trainer import Trainer, TrainResult, discard
+from hope.train.validation import autocast, bits_per_byte, target_bytes
 
 __all__ = [
     "TrainResult",
@@ -17,6 +17,8 @@ __all__ = [
     "TrainingDiverged",
     "autocast",
     "bits_per_byte",
+    "discard",
     "learning_rate",
     "make_optimizer",
+    "target_bytes",
 ]
