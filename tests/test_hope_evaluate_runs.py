@@ -11,8 +11,9 @@ from hope import HopeError, LanguageModel, generate, preset
 from hope.cli import main
 from hope.config import override
 from hope.evaluate.lm import predict
-from hope.evaluate.needle import DIGITS, Needle, find, haystack, make_needle, search, table
+from hope.evaluate.needle import DIGITS, FILLER, Needle, find, haystack, make_needle, search, table
 from hope.evaluate.reader import Reader
+from hope.tokenizers import train_tokenizer
 from torch import nn
 
 SMALL = ["model.dim=32", "model.layers=2", "model.mixer.heads=2", "model.mixer.head_dim=16"]
@@ -75,6 +76,17 @@ def test_a_state_is_what_all_answers_start_from(name):
             assert log_p == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["hope-tiny-cms", "tiny-mac", "tiny-conv-attention"])
+def test_a_run_in_bfloat16_is_read_in_bfloat16(name):
+    m, (text,) = model(name), random_texts(40)
+    ((log_p, _),) = Reader(m, block=16, dtype="bfloat16").score([text], [1])
+    assert log_p == pytest.approx(at_once(m, text).sum().item(), rel=0.05)
+    ((exact, _),) = Reader(m, block=16).score([text], [1])
+    assert log_p != exact
+    with pytest.raises(HopeError, match=r"dtype must be .*, not 'float64'"):
+        Reader(m, dtype="float64")
+
+
 def test_no_call_is_longer_than_a_block(monkeypatch):
     m, sizes = model(), []
     features = m.features
@@ -84,6 +96,20 @@ def test_no_call_is_longer_than_a_block(monkeypatch):
     reader.score(random_texts(101), [1], state)
     assert max(tokens for _, tokens in sizes) == 16
     assert sum(tokens for _, tokens in sizes) == 200
+
+
+def test_texts_that_have_ended_leave_the_batch(monkeypatch):
+    m, sizes = model(), []
+    features = m.features
+    monkeypatch.setattr(
+        m, "features", lambda x, *rest: sizes.append(tuple(x.shape)) or features(x, *rest)
+    )
+    reader = Reader(m, block=16)
+    list(reader.read(random_texts(10, 50, 33, 1)))
+    assert sizes == [(3, 16), (2, 16), (1, 16), (1, 1)]
+    sizes.clear()
+    reader.states(random_texts(10, 50, 33, 10))
+    assert sizes == [(4, 10), (2, 16), (2, 7), (1, 16), (1, 1)]
 
 
 def test_scores_count_what_is_asked_and_tell_what_is_likeliest():
@@ -109,6 +135,11 @@ def test_a_continuation_is_what_generate_writes():
     written = [token for token, _ in zip(following, range(30), strict=False)]
     assert written == list(generate(m, b"some text", length=30, temperature=0))[: len(written)]
     assert written
+
+
+def test_a_continuation_ends_where_the_model_ends_the_text():
+    (state,) = Reader(Finder()).states([[256, *b"The pass key is 12345. The pass key i"]])
+    assert bytes(Reader(Finder()).continuation(ord("s"), state)) == b" 12345"
 
 
 def test_a_reader_refuses_nothing_to_read_with():
@@ -158,9 +189,36 @@ def test_only_a_separator_has_no_bits_per_byte():
     result = predict(Reader(model()), [b"", b"z" * 64])
     last = result["positions"][-1]
     assert (last["from"], last["tokens"], last["bytes"], last["bits_per_byte"]) == (64, 1, 0, None)
-    assert predict(Reader(model()), []) is None
+    with pytest.raises(HopeError, match="texts must hold at least one document, not none"):
+        predict(Reader(model()), [])
     with pytest.raises(HopeError, match="length must be at least 1, not 0"):
         predict(Reader(model()), [b"text"], 0)
+
+
+def test_tokens_of_a_vocabulary_count_as_the_bytes_they_are():
+    pytest.importorskip("tokenizers", reason="a tokenizer.json is read with it: extra data")
+    texts = [b"the quick brown fox " * 9, "caf\u00e9 und Caf\u00e9".encode() * 3]
+    tokenizer = train_tokenizer(texts, 300)
+    torch.manual_seed(0)
+    settings = [*SMALL, f"model.vocab_size={tokenizer.vocab_size}"]
+    m = LanguageModel(override(preset("tiny"), settings).model).eval()
+    reader = Reader(m, tokenizer, block=5)
+    result = predict(reader, texts)
+    nats = 0.0
+    for text in texts:
+        tokens = [tokenizer.separator, *tokenizer.encode(text).tolist(), tokenizer.separator]
+        nats -= at_once(m, tokens).sum().item()
+    size = sum(map(len, texts))
+    assert result["bytes"] == sum(place["bytes"] for place in result["positions"]) == size
+    assert result["tokens"] < size / 2
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    # A needle's length is one in tokens, too, and what is written is text.
+    needle = make_needle(reader, 200, 0.5, random.Random(0))
+    whole = 1 + len(reader.encode(needle.text)) + len(reader.encode(f" {needle.key}"))
+    assert 150 < whole <= 200
+    (answer,) = find(reader, [needle])
+    assert answer["ranked"] in needle.choices
+    assert len(answer["written"].encode()) <= 3 * (1 + DIGITS)
 
 
 # ---- needle ------------------------------------------------------------------------------------
@@ -207,11 +265,12 @@ def test_a_needle_is_told_once_and_asked_for_at_the_end():
             assert needle.key in needle.choices
             assert len(set(needle.choices)) == 10
             assert all(re.fullmatch(r"[1-9]\d{4}", choice) for choice in needle.choices)
-            whole = 1 + len(needle.text) + 1 + DIGITS  # the separator, and the answer
-            assert length - len(" There and back again.") < whole <= length
             hay = [needle.text[: told[0].start()], needle.text[told[0].end() :]]
             before, after = (len(re.findall(r"(green|blue|yellow|go|again)\.", h)) for h in hay)
             assert before == round(depth * (before + after))
+            whole = 1 + len(needle.text) + 1 + DIGITS  # the separator, and the answer
+            one_more = re.findall(r"[^.]+\.", FILLER)[(before + after) % 5].strip()
+            assert whole <= length < whole + len(f" {one_more}")
 
 
 def test_needles_are_drawn_by_the_seed():
@@ -219,12 +278,9 @@ def test_needles_are_drawn_by_the_seed():
     one, same, other = (make_needle(reader, 200, 0.5, random.Random(seed)) for seed in (1, 1, 2))
     assert one == same
     assert one.key != other.key
-    places = {
-        needle.choices.index(needle.key)
-        for seed in range(60)
-        for needle in [make_needle(reader, 90, 0, random.Random(seed))]
-    }
-    assert places == set(range(10))
+    many = [make_needle(reader, 90, 0, random.Random(seed)) for seed in range(60)]
+    assert {needle.choices.index(needle.key) for needle in many} == set(range(10))
+    assert {sorted(needle.choices).index(needle.key) for needle in many} == set(range(10))
 
 
 def test_a_haystack_of_ones_own():

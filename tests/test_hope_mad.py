@@ -8,7 +8,7 @@ import torch
 from hope import preset
 from hope.config import override
 from hope.evaluate import IGNORED, TASKS
-from hope.evaluate.mad import MAD_TASKS, Compressor
+from hope.evaluate.mad import MAD_TASKS, Compressor, Memorization
 from torch import nn
 
 
@@ -130,6 +130,10 @@ def test_fuzzy_recall_is_judged_with_keys_of_three_tokens():
             if is_key
         }
         assert found == sizes
+
+
+def test_facts_are_the_same_in_every_evaluation():
+    assert torch.equal(Memorization().facts, Memorization().facts)
 
 
 def test_scattered_tokens_are_anywhere():

@@ -4,8 +4,8 @@ import argparse
 
 from tqdm import tqdm
 
-from hope.cli.options import Commands, add_judged, judged_out, positive
-from hope.data import _documents as documents
+from hope.cli.options import Commands, add_judged, add_source, judged_out, positive, source
+from hope.data import open_documents
 from hope.device import choose_device
 from hope.evaluate.lm import predict, table
 from hope.evaluate.reader import Reader
@@ -28,13 +28,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_judged(parser, "lm")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        required=True,
-        help="text to predict: files, directories, globs",
-    )
+    add_source(parser, required=True)
     parser.add_argument(
         "--length",
         nargs="+",
@@ -48,12 +42,14 @@ def add(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     reader = Reader.of_run(options.run, choose_device(options.device), batch=options.batch)
     out = judged_out(options, "lm")
+    documents = open_documents(source(options))
     results = []
     for length in options.length or [None]:
-        texts, source = documents(options.data)
-        bar = tqdm(texts, desc=f"{length:,} tokens" if length else "whole texts", leave=False)
+        name = f"{length:,} tokens" if length else "whole texts"
+        bar = tqdm(documents, desc=name, unit=" documents", leave=False)
         results.append(predict(reader, (document.text for document in bar), length))
-    print(f"data   {source}\n\n{table(results)}")
-    write_result(out, options.run, "lm", {"data": options.data, "results": results})
+    print(f"data   {documents.description}\n\n{table(results)}")
+    content = {"data": options.data, "field": options.field, "results": results}
+    write_result(out, options.run, "lm", content)
     print(f"\nout    {out}")
     return 0

@@ -14,14 +14,16 @@ _RUNS = Path("runs")
 _SOURCES = "files, directories, globs, .jsonl, .parquet, data sets"
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """The options that say where documents are."""
+    default = "" if required else " (default: Python's standard library)"
     parser.add_argument(
         "--data",
         nargs="+",
         default=(),
+        required=required,
         metavar="PATH",
-        help=f"text: {_SOURCES} (default: Python's standard library)",
+        help=f"text: {_SOURCES}{default}",
     )
     parser.add_argument(
         "--field",

@@ -17,10 +17,8 @@ _RANGES = 40
 _ENDS = _FIRST * 2 ** torch.arange(_RANGES - 1)  # of all ranges but the last, which has none
 
 
-def predict(
-    reader: Reader, texts: Iterable[bytes], length: int | None = None
-) -> dict[str, Any] | None:
-    """The figures of documents, each read in one pass from a fresh state; None without any.
+def predict(reader: Reader, texts: Iterable[bytes], length: int | None = None) -> dict[str, Any]:
+    """The figures of documents, each read in one pass from a fresh state.
 
     length: the model forgets after so many predicted tokens; None: it reads whole documents. Either
     way every token is predicted once, the separator that ends a document too: its nats count, while
@@ -48,7 +46,7 @@ def predict(
             for kind, values in enumerate((torch.ones_like(sizes), sizes, -part.log_p)):
                 tally[kind].index_add_(0, where[here], values[here].double())
     if not documents.count:
-        return None
+        raise HopeError("texts must hold at least one document, not none")
     return {
         "length": length,
         "documents": documents.count,

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hope.checkpoint import find_checkpoint, load_config, load_model
+from hope.config import TrainConfig
 from hope.errors import HopeError
 from hope.model import ModelState
 from hope.tokenizers import BYTES, Tokenizer, load_tokenizer
+from hope.train import autocast
 
 Tokens = Sequence[int]
 
@@ -48,7 +50,7 @@ class Reader:
         tokenizer: Tokenizer = BYTES,
         *,
         batch: int = 16,
-        block: int = 1024,
+        block: int = 512,
         dtype: str = "float32",
     ) -> None:
         for name, value in (("batch", batch), ("block", block)):
@@ -56,9 +58,7 @@ class Reader:
                 raise HopeError(f"{name} must be at least 1, not {value}")
         self.model, self.tokenizer, self.batch, self.block = model, tokenizer, batch, block
         self.device = next(model.parameters()).device
-        self._autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
-        )
+        self._train = TrainConfig(dtype=dtype)
 
     @classmethod
     def of_run(
@@ -93,7 +93,7 @@ class Reader:
             state = _rows(state, 0, rows)
             window = tokens[:rows, start : start + self.block + 1]
             targets = window[:, 1:]
-            with self._autocast:
+            with autocast(self.device, self._train):
                 logits, state = self.model(window[:, :-1], state, return_state=True)
             nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             places = torch.arange(start + 1, start + 1 + targets.shape[1])
@@ -138,7 +138,7 @@ class Reader:
         rows, start, state = int((lengths > 0).sum()), 0, None
         while rows:
             stop = min(start + self.block, int(lengths[rows - 1]))
-            with self._autocast:
+            with autocast(self.device, self._train):
                 _, state = self.model.features(tokens[:rows, start:stop], state)
             start = stop
             while rows and lengths[rows - 1] == start:
@@ -161,7 +161,7 @@ class Reader:
         """
         while True:
             inputs = torch.tensor([[token]], device=self.device)
-            with self._autocast:
+            with autocast(self.device, self._train):
                 logits, state = self.model(inputs, state, return_state=True)
             token = int(choose(logits[0, -1, : self.tokenizer.vocab_size]))
             if token == self.tokenizer.separator:
