@@ -290,7 +290,7 @@ def test_learning_that_diverges_says_so():
     model = made(run)
     with torch.no_grad():
         model.blocks[0].cms.levels[0].mlp.up.weight[0, 0] = float("nan")
-    with pytest.raises(TrainingDiverged, match=r"learning diverged \(loss nan"):
+    with pytest.raises(TrainingDiverged, match=r"diverged \(loss nan, .*: .*levels.0.mlp.up"):
         Learner(model, run, learn_config(run)).read(text(9))
 
 

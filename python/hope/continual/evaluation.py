@@ -29,7 +29,7 @@ from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.model import parameter_count
 from hope.plot import plot_matrices
-from hope.train import Trainer, TrainResult, bits_per_byte
+from hope.train import Trainer, TrainResult, bits_per_byte, discard
 
 FILE, PICTURE = "continual.json", "continual.png"
 
@@ -144,7 +144,7 @@ class ContinualEvaluation:
         run = self.out / config.preset
         resume = has_checkpoint(run)
         if not resume:  # what a run leaves that was killed before its first checkpoint
-            (run / "metrics.jsonl").unlink(missing_ok=True)
+            discard(run)
         corpus = Corpus(domain.train, domain.held_out, f"domain {domain.name}")
         return Trainer(config, corpus, run, self.device, resume=resume).run(progress=progress)
 

@@ -16,6 +16,7 @@ from hope.layers import MLP, SwiGLU
 from hope.model import LanguageModel, ModelState
 from hope.optim import MultiFrequency
 from hope.train import TrainingDiverged, autocast
+from hope.train.divergence import bad_parameter
 
 _SEGMENT = 64  # tokens, where no level says how many
 
@@ -109,9 +110,10 @@ class Learner:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip).item()
         nats = loss.item()
         if not (math.isfinite(nats) and math.isfinite(norm)):
+            where = bad_parameter(self.model) or "all parameters are finite"
             raise TrainingDiverged(
-                f"learning diverged (loss {nats}, gradient norm {norm}); a lower lr, or a context "
-                "after which the state starts anew, usually helps"
+                f"learning diverged (loss {nats}, gradient norm {norm}): {where}; a lower lr, or a "
+                "context after which the state starts anew, usually helps"
             )
         self.state = state.detach()
         self.state = self._moved(-1)

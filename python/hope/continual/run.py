@@ -11,28 +11,28 @@ import pickle
 import shutil
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from hope.checkpoint import find_checkpoint, load_config, load_model
 from hope.config import LearnConfig, from_dict, to_dict
 from hope.continual.learner import Learner
-from hope.data import SEPARATOR, load_corpus
+from hope.data import Corpus, MappedTokens, Tokens, load_corpus
 from hope.errors import HopeError
 from hope.files import atomic_directory, atomic_file
 from hope.plot import plot_loss
+from hope.tokenizers import load_tokenizer
 from hope.train import bits_per_byte
 from hope.train.metrics import JsonLines
 from hope.train.signals import StopSignals
 
 FILE = "learn.json"
-_WEIGHTS, _LEARNER = "model.safetensors", "learner.pt"
+_WEIGHTS, _TOKENIZER, _LEARNER = "model.safetensors", "tokenizer.json", "learner.pt"
 _RECORD = 1024  # tokens of a record in metrics.jsonl
 _COUNTS = ("step", "seconds", "position", "nats", "bytes")  # of a LearnRun; saved
 # Settings that pending gradients and moments belong to.
@@ -97,11 +97,11 @@ class LearnRun:
         self.config = load_config(source)
         # The config and, where there is one, the tokenizer, as they are.
         self._files = {file.name: file.read_bytes() for file in source.glob("*.json")}
-        window = self.config.train.sequence
-        self.corpus = load_corpus(lesson.text, window)
-        old = load_corpus(lesson.old or self.config.data, window)
+        self.tokenizer = load_tokenizer(source)
+        self.corpus = self._corpus(lesson.text, source)
+        old = self._corpus(lesson.old or self.config.data.paths, source)
         # Of files that are named, all is held out.
-        self.old = torch.cat((old.train, old.validation)) if lesson.old else old.validation
+        self.old = _joined(old.train, old.validation) if lesson.old else old.validation
         self.descriptions = {"new": self.corpus.description, "old": old.description}
         self.learner = Learner(load_model(source, device), self.config, lesson.learn)
         self.step, self.seconds, self.position = 0, 0.0, 0
@@ -116,6 +116,13 @@ class LearnRun:
         elif state is not None and not anew:
             check_goes_on(state, lesson.learn)
             self.learner.load_state_dict(state["learner"])
+
+    def _corpus(self, paths: tuple[str, ...], source: Path) -> Corpus:
+        """A text in the model's own tokens."""
+        own = source / _TOKENIZER
+        tokenizer = str(own) if own.exists() else None
+        data = replace(self.config.data, paths=paths, tokenizer=tokenizer)
+        return load_corpus(data, self.config.train.sequence)
 
     @property
     def tokens(self) -> int:
@@ -146,10 +153,11 @@ class LearnRun:
         with bar, StopSignals() as stop:
             while self.position < self.tokens and stop.received is None:
                 start = time.perf_counter()
-                tokens = self.corpus.train[self.position : self.position + segment + 1]
+                stop_at = min(self.position + segment, self.tokens) + 1
+                tokens = self.corpus.train[torch.arange(self.position, stop_at)].long()
                 cost = self.learner.read(tokens)
                 self.seconds += time.perf_counter() - start
-                size = int((tokens[1:] != SEPARATOR).sum())
+                size = int(self.tokenizer.byte_counts[tokens[1:]].sum())
                 nats, count = nats + cost, count + size
                 self.nats, self.bytes = self.nats + cost, self.bytes + size
                 read, self.position = len(tokens) - 1, self.position + len(tokens) - 1
@@ -160,6 +168,7 @@ class LearnRun:
                     bar.set_postfix(bits=f"{nats / max(1, count) / math.log(2):.3f}", refresh=False)
                     nats, count = 0.0, 0
                 if due and self.position < self.tokens:
+                    metrics.flush()
                     self._save()
                 bar.update(read)
         if count:
@@ -178,9 +187,11 @@ class LearnRun:
         }
 
     def _judge(self) -> dict[str, float]:
-        model = self.learner.model.eval()
-        texts: dict[str, Tensor] = {"new": self.corpus.validation, "old": self.old}
-        figures = {name: bits_per_byte(model, x, self.config.train) for name, x in texts.items()}
+        model, train, packed = self.learner.model.eval(), self.config.train, self.config.data.packed
+        figures = {
+            name: bits_per_byte(model, tokens, train, self.tokenizer, packed=packed)
+            for name, tokens in (("new", self.corpus.validation), ("old", self.old))
+        }
         model.train()
         return figures
 
@@ -265,6 +276,10 @@ def check_goes_on(state: dict[str, Any], learn: LearnConfig) -> None:
                 f"{name} was {before} when this checkpoint learned, not {now}; --anew drops what "
                 "it has pending"
             )
+
+
+def _joined(first: Tokens, second: Tokens) -> Tokens:
+    return first + second if isinstance(first, MappedTokens) else torch.cat((first, second))
 
 
 def table(result: LearnResult) -> str:
