@@ -75,7 +75,7 @@ def plot_matrices(results: Sequence[dict[str, Any]], domains: Sequence[str], pic
         axes.remove()
     for axes in panels[::columns]:
         axes.set(ylabel="bits per byte, held out")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     _save(figure, picture)
 
 
