@@ -17,6 +17,7 @@ from hope.config import DataConfig
 from hope.continual import Learner
 from hope.continual.run import LearnRun, load_lesson
 from hope.tokenizers import load_tokenizer
+from hope.train import bits_per_byte
 
 SMALL = [
     *("--set", "model.dim=16", "--set", "model.layers=1", "--set", "model.mixer.head_dim=8"),
@@ -109,6 +110,10 @@ def test_fine_tuning_moves_every_weight_of_a_transformer(trained):
     result = json.loads((trained / "runs/learn/learn.json").read_text())
     assert result["learned_parameters"] == result["parameters"]
     assert result["lesson"]["old"] == ["old.txt"]
+    run, model = load_config(find_checkpoint(Path("runs/learn"))), load_model("runs/learn")
+    whole = torch.tensor([256, *Path("old.txt").read_bytes()]).short()
+    bits = result["bits_per_byte"]["after"]["old"]  # all of it is held out
+    assert bits == pytest.approx(bits_per_byte(model, whole, run.train))
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
@@ -167,6 +172,10 @@ def test_what_learn_refuses(trained, capsys):
     assert "hope-tiny-cms is no run of hope learn" in refused("--resume", "--out", hope[1])
     assert "lr must be above 0" in refused(*hope, *text_, "--lr", "0")
     assert not (trained / "runs").exists()
+    (trained / "old.txt").rename(trained / "moved.txt")
+    error = refused(*hope, *text_)
+    assert "no such file or directory: old.txt; --old names other text than what" in error
+    (trained / "moved.txt").rename(trained / "old.txt")
     assert learn(*hope, *text_, "--out", "mine") == 0
     again = ("--resume", "--out", "mine")
     assert "--resume takes no --text, --lr" in refused(*again, *text_, "--lr", "1")

@@ -99,7 +99,11 @@ class LearnRun:
         self._files = {file.name: file.read_bytes() for file in source.glob("*.json")}
         self.tokenizer = load_tokenizer(source)
         self.corpus = self._corpus(lesson.text, source)
-        old = self._corpus(lesson.old or self.config.data.paths, source)
+        try:
+            old = self._corpus(lesson.old or self.config.data.paths, source)
+        except HopeError as error:
+            hint = "" if lesson.old else "; --old names other text than what the run was trained on"
+            raise HopeError(f"{error}{hint}") from error
         # Of files that are named, all is held out.
         self.old = _joined(old.train, old.validation) if lesson.old else old.validation
         self.descriptions = {"new": self.corpus.description, "old": old.description}
