@@ -17,6 +17,7 @@ from hope.config.mixers import (
     TitansConfig,
 )
 from hope.config.model import CmsConfig, ModelConfig
+from hope.config.parallel import ParallelConfig
 from hope.config.run import RunConfig, TrainConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "MalConfig",
     "MixerConfig",
     "ModelConfig",
+    "ParallelConfig",
     "RunConfig",
     "TitansConfig",
     "TrainConfig",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from hope.config.check import choose, require
 from hope.config.model import ModelConfig
+from hope.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: tuple[str, ...] = ()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         periods, cms = self.train.level_periods, self.model.cms

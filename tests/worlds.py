@@ -1,0 +1,79 @@
+"""Processes that are joined by gloo, started once, and asked to run one function after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SECONDS = 120  # a test is given up after; hanging processes are killed
+
+
+class World:
+    """`size` processes; `run` gives what a function returns on each of them."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size, self.folder, self.starts = size, folder, 0
+        self.members: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls a module's function on all ranks; AssertionError with the first one's traceback."""
+        if not self.members:
+            self._start()
+        for _, pipe in self.members:
+            pipe.send((function, args))
+        results = []
+        for rank, (_, pipe) in enumerate(self.members):
+            # One rank's error leaves others waiting for it: theirs is not asked for.
+            answered = pipe.poll(_SECONDS)
+            ok, result = pipe.recv() if answered else (False, f"no answer in {_SECONDS} s")
+            if not ok:
+                self.stop()
+                raise AssertionError(f"rank {rank} of {self.size}: {result}")
+            results.append(result)
+        return results
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["parallel_checks"])  # imports torch once
+        self.starts += 1
+        store = self.folder / f"store-{self.size}-{self.starts}"
+        for rank in range(self.size):
+            pipe, end = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, store, end))
+            process.start()
+            self.members.append((process, pipe))
+
+    def stop(self) -> None:
+        for process, pipe in self.members:
+            pipe.close()
+            process.kill()
+            process.join()
+        self.members.clear()
+
+
+def _serve(rank: int, size: int, store: Path, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=_SECONDS),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
