@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
 from hope.config import (
     AttentionConfig,
     CmsConfig,
@@ -18,9 +16,13 @@ from hope.config import (
     ModelConfig,
     ParallelConfig,
     TitansConfig,
+    TrainConfig,
 )
 from hope.model import LanguageModel
-from hope.parallel import make_mesh, parallelize, part, whole
+from hope.parallel import clip_gradients, make_mesh, parallelize, part, whole
+from hope.train import make_optimizer
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 # Chunks that end in the middle of a rank's part of a sequence.
 _SIZES = {"heads": 4, "head_dim": 8}
@@ -86,3 +88,53 @@ def gradients(name: str, config: ParallelConfig) -> None:
     found = whole(model, {n: p.grad for n, p in model.named_parameters()})
     for parameter, p in alone.named_parameters():
         is_close(found[parameter], p.grad, parameter)
+
+
+def states(name: str, config: ParallelConfig) -> None:
+    """The last rank's memories after a text are those of one process, as are all logits."""
+    tokens, _ = batch()
+    mesh = make_mesh(config, torch.device("cpu"))
+    model, alone = model_of(name), model_of(name)
+    parallelize(model, config, mesh)
+    with torch.no_grad():
+        logits, state = model(part(tokens, mesh), return_state=True)
+        all_logits, all_state = alone(tokens, return_state=True)
+    is_close(logits, part(all_logits, mesh), "logits")
+    if mesh.get_local_rank("sequence") == config.sequence - 1:
+        for got, expected in zip(
+            pytree.tree_leaves(state), pytree.tree_leaves(all_state), strict=True
+        ):
+            if isinstance(got, Tensor) and got.is_floating_point():
+                is_close(got, expected, "state")
+            else:
+                assert got == expected if isinstance(got, int) else got.equal(expected)
+
+
+def training(name: str, config: ParallelConfig, periods: tuple[int, ...] = ()) -> None:
+    """Some steps with a clipped gradient: loss, norm and weights are those of one process."""
+    train = TrainConfig(lr=3e-3, clip=0.5, level_periods=periods)
+    mesh = make_mesh(config, torch.device("cpu"))
+    model, alone = model_of(name), model_of(name)
+    objective = parallelize(model, config, mesh)
+    optimizer, optimizer_alone = make_optimizer(model, train), make_optimizer(alone, train)
+    for step in range(3):
+        tokens, targets = batch(seed=step)
+        expected = alone.loss(tokens, targets)
+        expected.backward()
+        expected_norm = nn.utils.clip_grad_norm_(alone.parameters(), train.clip)
+        optimizer_alone.step()
+        optimizer_alone.zero_grad()
+        loss = objective(part(tokens, mesh), part(targets, mesh))
+        loss.backward()
+        norm = clip_gradients(model.parameters(), train.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        is_close(norm, expected_norm, "norm")
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        is_close(mean / dist.get_world_size(), expected.detach(), "loss")
+    found = whole(model, dict(model.named_parameters()))
+    for parameter, p in alone.named_parameters():
+        # AdamW divides small gradients by their size, and so their rounding, too.
+        error = (found[parameter] - p).abs().max() / train.lr
+        assert error < 0.02, f"{parameter}: {error:.2e} of a step"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-_SECONDS = 120  # a test is given up after; hanging processes are killed
+_SECONDS = 60  # a test is given up after; hanging processes are killed
 
 
 class World:
@@ -29,16 +30,23 @@ class World:
             self._start()
         for _, pipe in self.members:
             pipe.send((function, args))
-        results = []
-        for rank, (_, pipe) in enumerate(self.members):
-            # One rank's error leaves others waiting for it: theirs is not asked for.
-            answered = pipe.poll(_SECONDS)
-            ok, result = pipe.recv() if answered else (False, f"no answer in {_SECONDS} s")
-            if not ok:
-                self.stop()
-                raise AssertionError(f"rank {rank} of {self.size}: {result}")
-            results.append(result)
-        return results
+        ranks = {pipe: rank for rank, (_, pipe) in enumerate(self.members)}
+        results, ends = {}, time.monotonic() + _SECONDS
+        while ranks:
+            # The first error ends it: other ranks may wait for the one that has failed.
+            answered = wait(list(ranks), max(0, ends - time.monotonic()))
+            for pipe in answered:
+                ok, results[ranks[pipe]] = pipe.recv()
+                if not ok:
+                    self._fail(f"rank {ranks[pipe]}: {results[ranks[pipe]]}")
+                del ranks[pipe]
+            if not answered:
+                self._fail(f"no answer of ranks {sorted(ranks.values())} in {_SECONDS} s")
+        return [results[rank] for rank in range(self.size)]
+
+    def _fail(self, why: str) -> NoReturn:
+        self.stop()
+        raise AssertionError(f"in a world of {self.size}, {why}")
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -71,7 +79,7 @@ def _serve(rank: int, size: int, store: Path, pipe: Connection) -> None:
     while True:
         try:
             function, args = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         try:
             pipe.send((True, function(*args)))

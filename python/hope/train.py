@@ -31,6 +31,7 @@ from hope.generate import decode, generate
 from hope.layers import ContinuumMemory
 from hope.model import LanguageModel
 from hope.optim import MultiFrequency
+from hope.parallel import by_mesh
 from hope.plot import plot_loss
 
 _LN2 = math.log(2)
@@ -87,6 +88,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         ]
         if config.level_periods:
             groups[-2]["period"] = groups[-1]["period"] = period
+    # A fused step takes parameters that are cut over the same ranks.
+    groups = [
+        {**group, "params": alike} for group in groups for alike in by_mesh(group["params"]) or [[]]
+    ]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.level_periods:
         return MultiFrequency(groups, **options)

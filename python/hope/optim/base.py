@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import hope_ext
 
@@ -25,6 +26,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def zeros(parameter: Tensor) -> Tensor:
     """A state of a parameter."""
     return torch.zeros_like(parameter, dtype=wide(parameter.dtype))
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor that is cut over ranks (a DTensor); of others, all."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -48,11 +48,13 @@ def make_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
 
 
 def part(batch: Tensor, mesh: DeviceMesh) -> Tensor:
-    """What this rank reads of tokens or targets [B, T]: [B / data, T / sequence].
+    """What this rank reads of tokens, targets or others [B, T, ...]: [B / data, T / sequence, ...].
 
     Raises HopeError where that does not come out even.
     """
-    for size, axis, name in zip(batch.shape, ("data", "sequence"), ("rows", "tokens"), strict=True):
+    for size, axis, name in zip(
+        batch.shape[:2], ("data", "sequence"), ("rows", "tokens"), strict=True
+    ):
         ranks = mesh[axis].size()
         require(size % ranks == 0, name, f"a multiple of the {ranks} {axis} ranks", size)
     rows = batch.chunk(mesh["data"].size(), 0)[mesh.get_local_rank("data")]

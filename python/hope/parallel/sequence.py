@@ -52,7 +52,7 @@ class Relay:
         return tensors
 
     def flush(self) -> None:
-        """Waits until all that was sent has been received."""
+        """Waits until all that was sent is on its way: what nobody holds any more never arrives."""
         for work in self.works:
             work.wait()
         self.works.clear()
@@ -104,9 +104,9 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, relay: Relay, forms: list[Tensor], x: Tensor, *starts: Tensor
+        ctx: Any, relay: Relay, number: int, forms: list[Tensor], x: Tensor, *starts: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.relay, ctx.starts = relay, [(s.shape, s.dtype, s.device) for s in starts]
+        ctx.relay, ctx.number, ctx.starts = relay, number, starts
         leaves = relay.receive(forms, x.device, step=-1)
         ctx.mark_non_differentiable(*(leaf for leaf in leaves if not leaf.is_floating_point()))
         return x.view_as(x), *leaves
@@ -114,8 +114,9 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_x: Tensor, *d_leaves: Tensor) -> tuple[Tensor | None, ...]:
         ctx.relay.send(_floating(d_leaves), step=-1)
-        zeros = [torch.zeros(shape, dtype=d, device=at) for shape, d, at in ctx.starts]
-        return None, None, d_x, *zeros
+        if ctx.number == 0:
+            ctx.relay.flush()
+        return None, None, None, d_x, *map(torch.zeros_like, ctx.starts)
 
 
 def _floating(tensors: Any) -> list[Tensor]:
@@ -133,6 +134,7 @@ def pass_states(model: LanguageModel, group: dist.ProcessGroup) -> Relay:
     for number, block in enumerate(model.blocks):
         block.register_forward_pre_hook(_Before(relay, number))
         block.register_forward_hook(_After(relay, number))
+    model.register_forward_hook(lambda *_: relay.flush())
     return relay
 
 
@@ -146,14 +148,13 @@ class _Before:
         if state is not None or cu_seqlens is not None:
             got = "a state" if cu_seqlens is None else "cu_seqlens"
             raise ValueError(f"sequence ranks take the tokens of one text each row, without {got}")
-        if self.number == 0:
-            self.relay.flush()
         if self.relay.first:
             return None
         leaves, structure = pytree.tree_flatten(self.relay.announced(_key(self.number, x)))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         starts = [p for p in _starts(block) if p.requires_grad]
-        x, *received = _Receive.apply(self.relay, [leaves[i] for i in places], x, *starts)
+        forms = [leaves[i] for i in places]
+        x, *received = _Receive.apply(self.relay, self.number, forms, x, *starts)
         for i, leaf in zip(places, received, strict=True):
             leaves[i] = leaf
         state, levels = pytree.tree_unflatten(leaves, structure)
