@@ -15,11 +15,14 @@ from hope.config import (
     MalConfig,
     ModelConfig,
     ParallelConfig,
+    RunConfig,
     TitansConfig,
     TrainConfig,
 )
 from hope.model import LanguageModel
+from hope.optim.base import local
 from hope.parallel import clip_gradients, make_mesh, parallelize, part, whole
+from hope.parallel.memory import training_memory
 from hope.train import make_optimizer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -138,3 +141,33 @@ def training(name: str, config: ParallelConfig, periods: tuple[int, ...] = ()) -
         # AdamW divides small gradients by their size, and so their rounding, too.
         error = (found[parameter] - p).abs().max() / train.lr
         assert error < 0.02, f"{parameter}: {error:.2e} of a step"
+
+
+def held(name: str, config: ParallelConfig) -> None:
+    """The rank with the most of a model's parameters has as many as `hope memory` says."""
+    model = model_of(name)
+    parallelize(model, config, make_mesh(config, torch.device("cpu")))
+    count = torch.tensor(sum(local(p).numel() for p in model.parameters()))
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    memory = training_memory(RunConfig(model=MODELS[name]), config, dist.get_world_size())
+    assert count == memory.held
+    assert memory.weights == 4 * memory.held
+
+
+def bfloat16(name: str, config: ParallelConfig) -> None:
+    """With activations of bfloat16 states keep their own dtypes, and the loss is about the same."""
+    tokens, targets = batch()
+    mesh = make_mesh(config, torch.device("cpu"))
+    model, alone = model_of(name), model_of(name)
+    objective = parallelize(model, config, mesh)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(part(tokens, mesh), part(targets, mesh))
+        expected = alone.loss(tokens, targets)
+    loss.backward()
+    expected.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    assert abs(mean / dist.get_world_size() - expected) < 0.01
+    found = whole(model, {n: p.grad for n, p in model.named_parameters()})
+    for parameter, p in alone.named_parameters():
+        assert (found[parameter] - p.grad).norm() < 0.2 * p.grad.norm() + 1e-3, parameter
