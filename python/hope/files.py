@@ -28,22 +28,32 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """The same for a new directory; `path` must not exist."""
+    """The same for a new directory; `path` must not exist, or be empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(_TEMPORARY + "*"):  # of a killed process
-        shutil.rmtree(leftover)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    temporary = partial_directory(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for file in temporary.iterdir():
-            _sync(file)
+        for part in temporary.rglob("*"):
+            _sync(part)
         _sync(temporary)
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def partial_directory(path: Path) -> Path:
+    """Where `atomic_directory(path)` writes."""
+    return path.with_name(_TEMPORARY + path.name)
+
+
+def remove_partial(parent: Path) -> None:
+    """Removes the directories that killed processes left half written in `parent`."""
+    for leftover in parent.glob(_TEMPORARY + "*"):
+        shutil.rmtree(leftover)
 
 
 def _umask() -> int:

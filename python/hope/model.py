@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import register_dataclass
+from torch.utils.checkpoint import checkpoint
 
 from hope.config import ModelConfig
 from hope.layers import MIXERS, CmsStates, ContinuumMemory, MixerState, make_mlp
@@ -70,7 +71,12 @@ class LanguageModel(nn.Module):
     """Next-token model over `config.vocab_size` tokens.
 
     Weights are drawn from torch's global generator; on the meta device nothing is.
+
+    checkpoint_activations: False; True keeps only what goes into a block for the backward pass,
+    which computes the rest again. Gradients are the same.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -130,8 +136,12 @@ class LanguageModel(nn.Module):
         if state is not None:
             carried = list(zip(state.layers, state.cms, strict=True))
         layers, cms = [], []
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block, before in zip(self.blocks, carried, strict=True):
-            x, layer, levels = block(x, *before, cu_seqlens)
+            inputs = (x, *before, cu_seqlens)
+            x, layer, levels = (
+                checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            )
             layers.append(layer)
             cms.append(levels)
         logits = F.linear(self.norm(x), self.embedding.weight).float()
