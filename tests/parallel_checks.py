@@ -71,8 +71,11 @@ def is_close(got: Tensor, expected: Tensor, what: str) -> None:
     assert error < _ROUNDING, f"{what}: {error:.2e}"
 
 
-def gradients(name: str, config: ParallelConfig) -> None:
-    """Loss and gradients of a model on this grid are those of one process."""
+def gradients(name: str, config: ParallelConfig, again: bool = False) -> None:
+    """Loss and gradients of a model on this grid are those of one process.
+
+    again: blocks compute their activations again in the backward.
+    """
     tokens, targets = batch()
     alone = model_of(name)
     expected = alone.loss(tokens, targets)
@@ -81,6 +84,7 @@ def gradients(name: str, config: ParallelConfig) -> None:
     mesh = make_mesh(config, torch.device("cpu"))
     model = model_of(name)
     objective = parallelize(model, config, mesh)
+    model.checkpoint_activations = again
     for _ in range(2):  # the second time no form of a state is told
         model.zero_grad()
         loss = objective(part(tokens, mesh), part(targets, mesh))

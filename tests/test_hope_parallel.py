@@ -80,6 +80,12 @@ def test_grids_train_as_one_process(world, model, periods, grid):
 
 
 @worlds(4)
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
+def test_activations_may_be_computed_again(world, grid):
+    world.run(checks.gradients, "hope-cms", grid, True)
+
+
+@worlds(4)
 @pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=repr)
 def test_activations_may_be_bfloat16(world, grid):
     world.run(checks.bfloat16, "hope-cms", grid)

@@ -1,11 +1,14 @@
 """`hope memory`."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from hope.cli.options import Commands, positive
 from hope.config import override
-from hope.parallel.memory import Memory, training_memory
 from hope.presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from hope.parallel.memory import Memory
 
 
 def add(commands: Commands) -> None:
@@ -41,6 +44,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from hope.parallel.memory import training_memory  # slow to import, needed only here
+
     columns = ("parameters", "batch", "weights", "gradients", "AdamW", "gathered")
     columns += ("layers", "memories", "head", "together")
     print(f"{'GiB on each of ' + str(options.world):<20}" + "".join(f"{c:>12}" for c in columns))
@@ -50,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _line(name: str, memory: Memory) -> str:
+def _line(name: str, memory: "Memory") -> str:
     kept = memory.activations
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.gathered)
     parts += (kept.layers, kept.memories, kept.head, memory.total)

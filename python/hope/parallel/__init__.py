@@ -6,11 +6,10 @@ rewritten by just what one process would let them read.
 """
 
 from hope.parallel.mesh import launched, make_mesh, part, process_group
-from hope.parallel.wrap import Objective, by_mesh, clip_gradients, parallelize, whole
+from hope.parallel.wrap import Objective, clip_gradients, parallelize, whole
 
 __all__ = [
     "Objective",
-    "by_mesh",
     "clip_gradients",
     "launched",
     "make_mesh",

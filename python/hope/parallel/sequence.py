@@ -29,6 +29,10 @@ class Relay:
     forms: dict[Any, Any] = field(default_factory=dict)
     works: list[dist.Work] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)  # what is on its way
+    # In the model's forward. A block that runs at another time does so for its backward, to compute
+    # its activations again (train.checkpoint_activations): of what arrived the first time.
+    running: bool = False
+    arrived: dict[int, list[Tensor]] = field(default_factory=dict)  # at which block
 
     @property
     def first(self) -> bool:
@@ -58,6 +62,20 @@ class Relay:
         self.works.clear()
         self.kept.clear()
 
+    def begin(self) -> None:
+        self.arrived.clear()
+        self.running = True
+
+    def end(self) -> None:
+        self.running = False
+        self.flush()
+
+    def at(self, number: int, like: list[Tensor], device: torch.device) -> list[Tensor]:
+        """What the rank before has sent to a block."""
+        if self.running:
+            self.arrived[number] = self.receive(like, device, step=-1)
+        return self.arrived[number]
+
     def announce(self, key: Any, state: Any) -> None:
         """Tells the next rank once what the states that follow look like."""
         if ("sent", key) not in self.forms:
@@ -86,7 +104,8 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, relay: Relay, x: Tensor, *leaves: Tensor) -> Tensor:
         ctx.relay, ctx.device = relay, x.device
         ctx.forms = [leaf.to("meta") for leaf in leaves]
-        relay.send(list(leaves), step=1)
+        if relay.running:
+            relay.send(list(leaves), step=1)
         return x.view_as(x)
 
     @staticmethod
@@ -107,7 +126,7 @@ class _Receive(torch.autograd.Function):
         ctx: Any, relay: Relay, number: int, forms: list[Tensor], x: Tensor, *starts: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.relay, ctx.number, ctx.starts = relay, number, starts
-        leaves = relay.receive(forms, x.device, step=-1)
+        leaves = relay.at(number, forms, x.device)
         ctx.mark_non_differentiable(*(leaf for leaf in leaves if not leaf.is_floating_point()))
         return x.view_as(x), *leaves
 
@@ -134,7 +153,8 @@ def pass_states(model: LanguageModel, group: dist.ProcessGroup) -> Relay:
     for number, block in enumerate(model.blocks):
         block.register_forward_pre_hook(_Before(relay, number))
         block.register_forward_hook(_After(relay, number))
-    model.register_forward_hook(lambda *_: relay.flush())
+    model.register_forward_pre_hook(lambda *_: relay.begin())
+    model.register_forward_hook(lambda *_: relay.end())
     return relay
 
 

@@ -1,8 +1,6 @@
 """A language model on a grid of processes, which trains as it does in one."""
 
-from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hope.config import ParallelConfig
 from hope.model import LanguageModel
+from hope.optim.base import by_mesh
 from hope.parallel.sequence import pass_states
 from hope.parallel.tensor import share_layers
 
@@ -81,14 +80,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     for group in by_mesh(parameters):
         nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
-
-
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters that are cut over the same ranks together: one operation may take these."""
-    groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
-    return list(groups.values())
 
 
 def whole(model: LanguageModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

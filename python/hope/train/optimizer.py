@@ -6,7 +6,7 @@ from torch import nn
 from hope.config import TrainConfig
 from hope.layers import ContinuumMemory
 from hope.optim import MultiFrequency
-from hope.parallel import by_mesh
+from hope.optim.base import by_mesh
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
