@@ -50,7 +50,8 @@ class World:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["parallel_checks"])  # imports torch once
+        # Once for all processes: these import torch, and what is slow to import.
+        context.set_forkserver_preload(["parallel_checks", "parallel_runs", "hope.training_state"])
         self.starts += 1
         store = self.folder / f"store-{self.size}-{self.starts}"
         for rank in range(self.size):

@@ -5,13 +5,14 @@ rank (`sequence`), and the three together around a model (`wrap`). Under each, m
 rewritten by just what one process would let them read.
 """
 
-from hope.parallel.mesh import launched, make_mesh, part, process_group
+from hope.parallel.grid import Grid
+from hope.parallel.mesh import make_mesh, part, process_group
 from hope.parallel.wrap import Objective, clip_gradients, parallelize, whole
 
 __all__ = [
+    "Grid",
     "Objective",
     "clip_gradients",
-    "launched",
     "make_mesh",
     "parallelize",
     "part",

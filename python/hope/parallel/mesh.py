@@ -17,24 +17,21 @@ from hope.config.check import require
 AXES = ("sequence", "data", "tensor")
 
 
-def launched() -> bool:
-    """Whether torchrun, or something that sets its variables, has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 @contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
+def process_group(device: torch.device) -> Iterator[torch.device]:
     """The processes that torchrun started, joined; gives the device of this one.
 
-    device: "cpu" (gloo) or "cuda" (NCCL, the GPU of the process's place on its machine).
+    On CPUs by gloo, on GPUs by NCCL: every process has the GPU of its place on its machine.
     """
-    here = torch.device(device)
-    if here.type == "cuda":
-        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        count = torch.cuda.device_count()
+        require(place < count, "torchrun --nproc-per-node", f"at most {count}, the GPUs", place + 1)
+        device = torch.device("cuda", place)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield here
+        yield device
     finally:
         dist.destroy_process_group()
 
@@ -47,15 +44,16 @@ def make_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     )
 
 
-def part(batch: Tensor, mesh: DeviceMesh) -> Tensor:
+def part(batch: Tensor, mesh: DeviceMesh, *, even: bool = True) -> Tensor:
     """What this rank reads of tokens, targets or others [B, T, ...]: [B / data, T / sequence, ...].
 
-    Raises HopeError where that does not come out even.
+    Raises HopeError where that does not come out even; even=False: the rows may be any number.
     """
     for size, axis, name in zip(
         batch.shape[:2], ("data", "sequence"), ("rows", "tokens"), strict=True
     ):
         ranks = mesh[axis].size()
-        require(size % ranks == 0, name, f"a multiple of the {ranks} {axis} ranks", size)
-    rows = batch.chunk(mesh["data"].size(), 0)[mesh.get_local_rank("data")]
+        fits = size % ranks == 0 or (axis == "data" and not even)
+        require(fits, name, f"a multiple of the {ranks} {axis} ranks", size)
+    rows = batch.tensor_split(mesh["data"].size(), 0)[mesh.get_local_rank("data")]
     return rows.chunk(mesh["sequence"].size(), 1)[mesh.get_local_rank("sequence")]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hope.config import ParallelConfig
-from hope.model import LanguageModel
+from hope.model import LanguageModel, parameter_shapes
 from hope.optim.base import by_mesh
 from hope.parallel.sequence import pass_states
 from hope.parallel.tensor import share_layers
@@ -19,27 +19,30 @@ from hope.parallel.tensor import share_layers
 class Objective(nn.Module):
     """`model.loss` as a module: what DistributedDataParallel can stand around."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, *, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.loss = torch.compile(model.loss) if compiled else model.loss
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(tokens, targets)
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss(*batch)
 
 
-def parallelize(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -> nn.Module:
+def parallelize(
+    model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh, *, compiled: bool = False
+) -> nn.Module:
     """Spreads `model`, which is changed in place, over a `make_mesh`; all ranks must hold the same.
 
-    The module returned gives the loss of this rank's `part` of tokens and targets. After its
-    backward, every parameter's gradient is that of the mean loss over the whole batch. Optimizers
-    are made afterwards, of `model.parameters()`. Raises HopeError where the heads or hidden units
-    cannot be shared.
+    compiled: `model.loss` goes through torch.compile. The module returned gives the loss of this
+    rank's `part` of tokens and targets. After its backward, every parameter's gradient is that of
+    the mean loss over the whole batch. Optimizers are made afterwards, of `model.parameters()`.
+    Raises HopeError where the heads or hidden units cannot be shared.
     """
     if config.tensor > 1:
         share_layers(model, mesh["tensor"])
     if config.sequence > 1:
         pass_states(model, mesh.get_group("sequence"))
-    objective = Objective(model)
+    objective = Objective(model, compiled=compiled)
     if config.data == "fsdp":
         # The ranks of a sequence hold the same part of the weights: were they to gather each
         # other's, no rank could go on to the next block before the last one has come to this.
@@ -87,8 +90,7 @@ def whole(model: LanguageModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
     All ranks must call it. What is cut into the heads' parts of a joint projection is joined again.
     """
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LanguageModel(model.config).named_parameters()}
+    shapes = parameter_shapes(model.config)
     return {
         name: (x.full_tensor() if isinstance(x, DTensor) else x).reshape(shapes[name])
         for name, x in tensors.items()

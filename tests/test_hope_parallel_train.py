@@ -1,0 +1,156 @@
+"""Training on many processes is training on one: the trainer and `hope train` (docs/scale.md)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import parallel_runs
+import pytest
+import runs
+import torch
+from hope import CmsConfig, HopeConfig, load_model
+from hope.config import ParallelConfig
+from test_hope_parallel import world, worlds  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).resolve().parent.parent
+_CMS = replace(
+    runs.MODEL, mixer=HopeConfig(heads=2, head_dim=8, chunk_size=8), cms=CmsConfig((5, 16))
+)
+
+
+def on(grid: ParallelConfig, model=runs.MODEL, **changes):
+    train = replace(runs.TRAIN, **changes)
+    return replace(runs.CONFIG, model=model, parallel=grid, train=train)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(runs.TEXT)
+    return str(path)
+
+
+def assert_close_runs(out: Path, expected: Path) -> None:
+    """The same records and weights, up to rounding."""
+    lines, other = (runs.without_times(runs.records(path)) for path in (out, expected))
+    assert len(lines) == len(other)
+    for line, wanted in zip(lines, other, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-3)
+    trained = load_model(expected).state_dict()
+    for name, weight in load_model(out).state_dict().items():
+        # AdamW divides small gradients by their size, and so their rounding, too.
+        torch.testing.assert_close(weight, trained[name], rtol=0, atol=2e-3)
+
+
+def assert_same_runs(out: Path, expected: Path) -> None:
+    lines, other = (runs.without_times(runs.records(path)) for path in (out, expected))
+    assert lines == other
+    trained = load_model(expected).state_dict()
+    for name, weight in load_model(out).state_dict().items():
+        assert torch.equal(weight, trained[name]), name
+    assert (out / "sample.txt").read_text() == (expected / "sample.txt").read_text()
+
+
+@worlds(4)
+@pytest.mark.parametrize(
+    ("grid", "model", "changes"),
+    [
+        (ParallelConfig(), runs.MODEL, {"accumulate": 1}),
+        (ParallelConfig("fsdp", sequence=2), _CMS, {"accumulate": 2, "level_periods": (1, 2)}),
+        (ParallelConfig("fsdp", tensor=2, sequence=2), _CMS, {"checkpoint_activations": True}),
+    ],
+    ids=["ddp", "fsdp-sequence", "fsdp-sequence-tensor"],
+)
+def test_a_run_on_a_grid_is_that_of_one_process(world, tmp_path, text, grid, model, changes):  # noqa: F811
+    # 160 tokens are five windows, which four ranks do not share evenly.
+    changes |= {"tokens": 4 * 4 * 32, "validation_tokens": 160}
+    one, many = on(ParallelConfig(), model, **changes), on(grid, model, **changes)
+    parallel_runs.train(one, text, tmp_path / "one")
+    assert world.run(parallel_runs.train, many, text, tmp_path / "many") == [4] * 4
+    assert_close_runs(tmp_path / "many", tmp_path / "one")
+    assert (tmp_path / "many" / "sample.txt").exists()
+
+
+@worlds(2)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ParallelConfig(),
+        ParallelConfig("fsdp"),
+        ParallelConfig(tensor=2),
+        ParallelConfig(sequence=2),
+    ],
+    ids=["ddp", "fsdp", "tensor", "sequence"],
+)
+def test_a_signal_to_one_stops_all_and_the_rest_is_bitwise_the_same(world, tmp_path, text, grid):  # noqa: F811
+    config, steps = on(grid, tokens=6 * 4 * 32), 6
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    world.run(parallel_runs.train, config, text, whole)
+    stopped = world.run(parallel_runs.train_until_one_is_told_to_stop, config, text, parts, 3)
+    assert stopped == ["SIGTERM"] * 2
+    assert world.run(parallel_runs.train, config, text, parts, True) == [steps] * 2
+    assert_same_runs(parts, whole)
+
+
+@worlds(2)
+def test_another_number_of_ranks_goes_on(world, tmp_path, text):  # noqa: F811
+    config = on(ParallelConfig("fsdp"), tokens=6 * 4 * 32)
+    parallel_runs.train(config, text, tmp_path / "one")
+    out = tmp_path / "parts"
+    world.run(parallel_runs.train_until_one_is_told_to_stop, config, text, out, 3)
+    assert parallel_runs.train(config, text, out, resume=True) == 6
+    assert_close_runs(out, tmp_path / "one")
+
+
+@worlds(2)
+@pytest.mark.parametrize("grid", [ParallelConfig("fsdp"), ParallelConfig(tensor=2)], ids=repr)
+def test_all_ranks_say_where_a_run_diverged(world, tmp_path, text, grid):  # noqa: F811
+    messages = world.run(parallel_runs.diverge, on(grid), text, tmp_path / "run")
+    assert len(set(messages)) == 1
+    assert "training diverged at step 2" in messages[0]
+    assert "the parameter blocks.0.mixer.out.weight" in messages[0]
+
+
+@worlds(2)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (on(ParallelConfig(), batch=3), "train.batch / train.accumulate must be a multiple of the"),
+        (on(ParallelConfig(sequence=2), sequence=31), "train.sequence must be a multiple of the"),
+        (on(ParallelConfig("fsdp"), compile=True), "train.compile must be false, but for ranks"),
+        (on(ParallelConfig(tensor=4)), "a grid of all 2 processes"),
+    ],
+    ids=["rows", "tokens", "compile", "world"],
+)
+def test_settings_that_do_not_fit_the_ranks_are_refused(world, tmp_path, text, config, message):  # noqa: F811
+    for said in world.run(parallel_runs.refuse, config, text, tmp_path / "run"):
+        assert message in said
+
+
+def test_one_process_is_no_grid(tmp_path, text):
+    said = parallel_runs.refuse(on(ParallelConfig(sequence=2)), text, tmp_path / "run")
+    assert "a grid of all 1 processes" in said
+
+
+def test_torchrun_trains(tmp_path, text):
+    """`torchrun -m hope train`: one report, one run, which one process can use and go on with."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [*runs.OPTIONS, "--steps=3", "--device=cpu", "--set=parallel.data=fsdp"]
+    result = subprocess.run(
+        [*launch, "-m", "hope", "train", "--data", text, *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall("^validation: ", result.stdout, re.MULTILINE)) == 1
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["step"] for line in runs.records(run) if "lr" in line] == [1, 2, 3]
+    assert load_model(run).embedding.weight.isfinite().all()
