@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import runs
 import torch
 from hope import CmsConfig, HopeConfig, load_model
+from hope.checkpoint import find_checkpoint
 from hope.config import ParallelConfig
 from test_hope_parallel import world, worlds  # noqa: F401 - a fixture
 
@@ -137,20 +139,30 @@ def test_one_process_is_no_grid(tmp_path, text):
     assert "a grid of all 1 processes" in said
 
 
-def test_torchrun_trains(tmp_path, text):
-    """`torchrun -m hope train`: one report, one run, which one process can use and go on with."""
+def test_torchrun_trains_until_it_is_told_to_stop(tmp_path, text):
+    """`torchrun -m hope train`: one run and one report; SIGTERM leaves a checkpoint."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    options = [*runs.OPTIONS, "--steps=3", "--device=cpu", "--set=parallel.data=fsdp"]
-    result = subprocess.run(
+    settings = ("parallel.data=fsdp", "train.validate_every=1e6", "train.checkpoint_every=1e6")
+    options = [*runs.OPTIONS, "--steps=1000000", "--device=cpu", *(f"--set={s}" for s in settings)]
+    process = subprocess.Popen(
         [*launch, "-m", "hope", "train", "--data", text, *options],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
-    assert result.returncode == 0, result.stderr
-    assert len(re.findall("^validation: ", result.stdout, re.MULTILINE)) == 1
-    (run,) = (tmp_path / "runs").iterdir()
-    assert [line["step"] for line in runs.records(run) if "lr" in line] == [1, 2, 3]
-    assert load_model(run).embedding.weight.isfinite().all()
+    metrics, ends = tmp_path / "runs" / "hope-tiny" / "metrics.jsonl", time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < ends:
+        if metrics.exists() and metrics.read_text().count("\n") > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert stdout.count("stopped by SIGTERM") == 1, stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["hope-tiny"]
+    steps = [line["step"] for line in runs.records(metrics.parent)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert find_checkpoint(metrics.parent).name == f"step-{steps[-1]:08d}"
+    assert load_model(metrics.parent).embedding.weight.isfinite().all()

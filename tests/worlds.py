@@ -51,7 +51,9 @@ class World:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         # Once for all processes: these import torch, and what is slow to import.
-        context.set_forkserver_preload(["parallel_checks", "parallel_runs", "hope.training_state"])
+        context.set_forkserver_preload(
+            ["parallel_checks", "parallel_runs", "hope.training_state", "torch._dynamo"]
+        )
         self.starts += 1
         store = self.folder / f"store-{self.size}-{self.starts}"
         for rank in range(self.size):

@@ -34,6 +34,11 @@ def add(commands: Commands) -> None:
         "--world", type=positive, default=1, help="how many processes (default: %(default)s)"
     )
     parser.add_argument(
+        "--rows",
+        type=positive,
+        help="sequences that a process computes at once (default: its share of train.batch)",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -51,7 +56,9 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{'GiB on each of ' + str(options.world):<20}" + "".join(f"{c:>12}" for c in columns))
     for name in options.presets or PRESETS:
         run = override(preset(name), options.set)
-        print(_line(name, training_memory(run, run.parallel, options.world)), flush=True)
+        print(
+            _line(name, training_memory(run, run.parallel, options.world, options.rows)), flush=True
+        )
     return 0
 
 

@@ -27,6 +27,8 @@ class Grid(Ranks):
     Ranks that share layers read the same, and do the same things to it.
     """
 
+    grace = 1.0
+
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         train, parallel = config.train, config.parallel

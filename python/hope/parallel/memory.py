@@ -48,7 +48,7 @@ class Memory:
 
     parameters: in the whole model. held: of these, on the rank. gathered: the parameters that
     fully_shard joins for the largest block and the head while they compute, and their gradients.
-    rows, tokens: of the batch that the rank reads.
+    rows, tokens: what the rank computes at once.
     """
 
     parameters: int
@@ -67,9 +67,13 @@ class Memory:
         return static + self.activations.total
 
 
-def training_memory(run: RunConfig, parallel: ParallelConfig, world: int = 1) -> Memory:
+def training_memory(
+    run: RunConfig, parallel: ParallelConfig, world: int = 1, rows: int | None = None
+) -> Memory:
     """What a step of `run` needs on a grid of `world` processes. Raises HopeError as a run would.
 
+    rows: sequences that a rank computes at once; None: its share of train.batch, by
+    train.accumulate.
     Of sequence ranks it is the first's, which has no state of a rank before: attention, which keeps
     all keys, needs more on later ones.
     """
@@ -84,7 +88,9 @@ def training_memory(run: RunConfig, parallel: ParallelConfig, world: int = 1) ->
     in_blocks = max(map(_count, model.blocks))
     head = _count(model) - sum(map(_count, model.blocks))
     # Rows and tokens need not come out even here, so that presets can be asked for any world.
-    rows, tokens = -(-train.batch // data), -(-train.sequence // parallel.sequence)
+    if rows is None:
+        rows = -(-train.batch // (train.accumulate * data))
+    tokens = -(-train.sequence // parallel.sequence)
     return Memory(
         parameters=_count(all_of_it),
         held=held,
@@ -94,7 +100,9 @@ def training_memory(run: RunConfig, parallel: ParallelConfig, world: int = 1) ->
         gradients=_FLOAT * held,
         optimizer=2 * _FLOAT * held + _FLOAT * pending,
         gathered=2 * _FLOAT * (in_blocks + head) if sharded else 0,
-        activations=activations(local, rows, tokens, train.dtype),
+        activations=activations(
+            local, rows, tokens, train.dtype, again=train.checkpoint_activations
+        ),
     )
 
 
@@ -106,15 +114,22 @@ def of_one_tensor_rank(config: ModelConfig, ranks: int) -> ModelConfig:
     return replace(config, mixer=mixer, mlp_ratio=config.mlp_dim / ranks / config.dim)
 
 
-def activations(config: ModelConfig, rows: int, tokens: int, dtype: str) -> Activations:
-    """What autograd keeps of a loss of [rows, tokens]: one block's share times the blocks."""
+def activations(
+    config: ModelConfig, rows: int, tokens: int, dtype: str, *, again: bool = False
+) -> Activations:
+    """What autograd keeps of a loss of [rows, tokens]: one block's share times the blocks.
+
+    again: of every block only its input, and all of the one that is being computed again.
+    """
     one, two = (
         kept_bytes(replace(config, layers=n), rows, tokens, dtype, fake=True) for n in (1, 2)
     )
     each = {name: two[name] - one[name] for name in one}
+    inputs = _FLOAT * rows * tokens * config.dim * config.layers if again else 0
+    whole = 1 if again else config.layers
     return Activations(
-        layers=each["other"] * config.layers,
-        memories=each["memories"] * config.layers,
+        layers=each["other"] * whole + inputs,
+        memories=each["memories"] * whole,
         head=one["other"] - each["other"],
     )
 

@@ -21,7 +21,8 @@ AXES = ("sequence", "data", "tensor")
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """The processes that torchrun started, joined; gives the device of this one.
 
-    On CPUs by gloo, on GPUs by NCCL: every process has the GPU of its place on its machine.
+    On CPUs by gloo, on GPUs by NCCL: every process has the GPU of its place on its machine. What
+    started the processes may have joined them already, as Ray Train does: they stay joined.
     """
     if device.type == "cuda":
         place = int(os.environ.get("LOCAL_RANK", "0"))
@@ -29,6 +30,9 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         require(place < count, "torchrun --nproc-per-node", f"at most {count}, the GPUs", place + 1)
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device

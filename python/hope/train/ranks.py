@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 def launched() -> bool:
-    """Whether torchrun, or something that sets its variables, has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun, or something that does the same, has started this process."""
+    return dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
 
 
 def is_first() -> bool:
@@ -44,6 +44,7 @@ class Ranks:
 
     first = True
     data = 1
+    grace = 0.0  # of StopSignals
 
     def __init__(self, config: RunConfig) -> None:
         config.parallel.data_ranks(1)

@@ -121,7 +121,7 @@ class Trainer:
         self.model.train()
         metrics = Metrics(self.config, self.out, self.step if self.ranks.first else None)
         received = None
-        with bar, contextlib.closing(metrics), StopSignals() as stop:
+        with bar, contextlib.closing(metrics), StopSignals(self.ranks.grace) as stop:
             while self.step < train.steps:
                 received = self.ranks.stopped(stop.received)
                 if received is not None:
