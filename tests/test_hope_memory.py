@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,36 @@ def test_weights_that_move_seldom_are_collected_for():
     )
     dim, layers = run.model.dim, run.model.layers
     assert more == 4 * layers * sum(2 * dim * width + dim for width in run.model.mlp_dims[1:])
+
+
+@pytest.mark.parametrize("name", ["tiny-mac", "340m", "hope-340m"])
+def test_the_table_of_the_page_is_what_is_computed(name, root):
+    page = (root / "docs/scale.md").read_text()
+    (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", page, re.MULTILINE)
+    parameters, state, kept, memories, together, again, sharded = row.split("|")
+    run = preset(name)
+    plain = training_memory(run, ParallelConfig(), rows=1)
+    checkpointed = replace(run, train=replace(run.train, checkpoint_activations=True))
+    assert parameters.strip() == f"{plain.parameters / 1e6:.2f} M"
+    for cell, expected in (
+        (state, 16 * plain.parameters),
+        (kept, plain.activations.total),
+        (memories, plain.activations.memories),
+        (together, plain.total),
+        (again, training_memory(checkpointed, ParallelConfig(), rows=1).total),
+        (sharded, training_memory(run, ParallelConfig("fsdp"), world=8, rows=1).total),
+    ):
+        assert float(cell) == pytest.approx(
+            expected / 2**30, abs=0.0051 if expected > 1e8 else 6e-4
+        )
+
+
+def test_activations_computed_again_are_one_blocks_and_all_inputs():
+    config = small("tiny", layers=3)
+    one = activations(replace(config, layers=1), 2, 48, "float32")
+    again = activations(config, 2, 48, "float32", again=True)
+    assert again.layers == one.layers + 3 * 4 * 2 * 48 * config.dim
+    assert again.memories == one.memories
 
 
 def test_memory_command(capsys):

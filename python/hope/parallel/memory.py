@@ -7,6 +7,7 @@ kernels' working space, the allocator's reserve (often a tenth), and torch itsel
 """
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -134,6 +135,7 @@ def activations(
     )
 
 
+@functools.lru_cache
 def kept_bytes(
     config: ModelConfig, rows: int, tokens: int, dtype: str, *, fake: bool
 ) -> dict[str, int]:
