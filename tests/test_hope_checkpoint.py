@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shlex
@@ -24,11 +25,17 @@ from hope import (
     load_corpus,
     load_model,
 )
-from hope.checkpoint import find_checkpoint
+from hope import checkpoint as checkpoints
+from hope.checkpoint import find_checkpoint, save_checkpoint
 from hope.cli import main
+from hope.train import make_optimizer
 from hope.training_state import load_state, save_state
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+
+# Processes of their own that need not import torch again.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["hope.cli", "hope.training_state", "torch.distributed.fsdp"])
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +143,55 @@ def test_one_process_reads_what_a_group_has_written(tmp_path):
     for parameter, weight, moment in zip(other.parameters(), weights, moments, strict=True):
         assert torch.equal(parameter, weight)
         assert torch.equal(others.state[parameter]["exp_avg"], moment)
+
+
+def write_as_a_rank(rank, folder):
+    """One of two processes that train a model in shards, and write its checkpoint."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = LanguageModel(runs.MODEL)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    optimizer = make_optimizer(model, runs.TRAIN)
+    one_step(model, optimizer)
+    save_checkpoint(folder / "run", 1, runs.CONFIG, model, optimizer, {"step": 1}, keep=1)
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    dist.destroy_process_group()
+
+
+def one_step(model, optimizer):
+    tokens = torch.arange(66).reshape(2, 33)
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+
+
+def test_two_ranks_write_one_checkpoint_which_a_process_alone_reads(tmp_path):
+    processes = [PROCESSES.Process(target=write_as_a_rank, args=(r, tmp_path)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    checkpoint = find_checkpoint(tmp_path / "run")
+    assert {path.name for path in (checkpoint / "state").iterdir()} == {
+        *(".metadata", "__0_0.distcp", "__1_0.distcp")
+    }
+    model = LanguageModel(runs.MODEL)
+    optimizer = make_optimizer(model, runs.TRAIN)
+    numbers = checkpoints.load_state(checkpoint, model, optimizer, {"step": 0})
+    assert numbers == {"step": 1}
+    torch.manual_seed(0)
+    alone = LanguageModel(runs.MODEL)
+    alone_optimizer = make_optimizer(alone, runs.TRAIN)
+    one_step(alone, alone_optimizer)
+    exported = load_model(checkpoint).state_dict()
+    for name, weight in alone.named_parameters():
+        own = model.get_parameter(name)
+        assert torch.equal(exported[name], own)
+        torch.testing.assert_close(own, weight)
+        torch.testing.assert_close(
+            optimizer.state[own]["exp_avg"], alone_optimizer.state[weight]["exp_avg"]
+        )
 
 
 # ---- what is wrong -------------------------------------------------------------------------------
@@ -269,6 +325,18 @@ def test_files_that_may_not_grow_are_an_error_with_the_systems_reason(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_metrics_that_cannot_be_written_are_named(tmp_path, corpus):
+    trainer = Trainer(runs.training(checkpoint_every=99, validate_every=99), corpus, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write the metrics of step 3: File") as error:
+            trainer.run(progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def test_a_disk_that_is_full_in_truth(tmp_path, text):
     """A small file system of memory, on which the first checkpoint has a place and no second."""
     disk = tmp_path / "disk"
@@ -295,12 +363,15 @@ def test_a_disk_that_is_full_in_truth(tmp_path, text):
 
 
 def test_export_copies_a_model_that_loads(run, tmp_path, capsys):
-    (run / "tokenizer.json").write_text("{}")
+    tokenizer = find_checkpoint(run) / "tokenizer.json"
+    tokenizer.write_text("{}")
     out = tmp_path / "models" / "mine"
     assert main(["export", str(run), str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
         *("model.safetensors", "config.json", "tokenizer.json")
     }
+    tokenizer.unlink()
+    (out / "tokenizer.json").unlink()  # what it says is not the point here
     assert str(out / "model.safetensors") in capsys.readouterr().out
     for name, weight in load_model(out).state_dict().items():
         assert torch.equal(weight, load_model(run).state_dict()[name])

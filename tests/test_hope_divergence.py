@@ -82,6 +82,15 @@ def test_a_gradient_that_alone_is_nan_is_named(tmp_path, corpus):
     assert f"finite: the gradient of blocks.0.mlp.up.weight, of shape {list(up.shape)}" in message
 
 
+def test_a_loss_that_alone_overflows_is_named(tmp_path, corpus, monkeypatch):
+    trainer = Trainer(CONFIG, corpus, tmp_path / "run")
+    loss = trainer.model.loss
+    monkeypatch.setattr(trainer.model, "loss", lambda *batch: loss(*batch) * math.inf)
+    trainer.loss = trainer.model.loss
+    message = report(trainer, 1, lambda: None)
+    assert "finite: the loss, of shape [] (1 infinite of 1 numbers)" in message
+
+
 def test_of_gradients_the_first_on_the_way_back_is_named(tmp_path, corpus):
     """The gradient of what blocks.1 gives, and so of all before it."""
     trainer = Trainer(CONFIG, corpus, tmp_path / "run")
@@ -122,7 +131,9 @@ def test_weights_that_an_update_has_broken_are_no_checkpoint(tmp_path, corpus):
 def test_a_validation_that_is_no_number_stops_the_run(tmp_path, corpus, monkeypatch):
     trainer = Trainer(runs.CONFIG, corpus, tmp_path / "run")
     monkeypatch.setattr("hope.train.trainer.bits_per_byte", lambda *_: math.inf)
-    with pytest.raises(TrainingDiverged, match=r"the validation after step 2 \(.* byte inf\)"):
+    with pytest.raises(
+        TrainingDiverged, match=r"the validation after step 2 \(.* byte inf\).*not a param"
+    ):
         trainer.run(progress=False)
 
 

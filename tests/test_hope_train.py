@@ -23,7 +23,7 @@ from hope import (
 from hope.checkpoint import find_checkpoint
 from hope.config import override
 from hope.optim import MultiFrequency
-from hope.train import bits_per_byte, learning_rate, make_optimizer
+from hope.train import bits_per_byte, discard, learning_rate, make_optimizer
 from torch import nn
 
 
@@ -139,8 +139,23 @@ def test_a_used_directory_is_refused(tmp_path, corpus):
     (tmp_path / "run").mkdir()
     Trainer(runs.CONFIG, corpus, tmp_path / "run")  # an empty one is not
     (tmp_path / "run" / "notes").touch()
-    with pytest.raises(HopeError, match="run is not empty; continue that run with --resume"):
+    with pytest.raises(HopeError, match="run is not empty; there is no checkpoint to continue"):
         Trainer(runs.CONFIG, corpus, tmp_path / "run")
+    Trainer(runs.training(tokens=128), corpus, tmp_path / "done").run(progress=False)
+    with pytest.raises(HopeError, match="done is not empty; continue that run with --resume"):
+        Trainer(runs.CONFIG, corpus, tmp_path / "done")
+    with pytest.raises(HopeError, match="done has a checkpoint"):
+        discard(tmp_path / "done")
+
+
+def test_what_was_killed_before_its_first_checkpoint_can_be_discarded(tmp_path, corpus):
+    run = tmp_path / "run"
+    Trainer(runs.training(tokens=128, tensorboard=True), corpus, run).run(progress=False)
+    (run / "loss.png").unlink()
+    (run / "sample.txt").unlink()
+    find_checkpoint(run).rename(run / "checkpoints" / ".partial-step-00000001")
+    discard(run)
+    assert list(run.iterdir()) == []
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path, corpus):

@@ -144,7 +144,7 @@ def test_a_run_with_all_of_it_is_the_run_without(tmp_path, corpus):
 
 
 def test_compiled_it_is_the_same(tmp_path, corpus, monkeypatch):
-    """Parts and checkpoints, traced forward and backward; without the minutes of code generation."""
+    """Parts and checkpoints, traced forward and backward; code generation would take minutes."""
     traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", traced)
     losses = []

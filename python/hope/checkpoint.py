@@ -204,8 +204,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Language
 def export_model(path: Path, out: Path) -> list[Path]:
     """Copies what a model consists of, without what training needs, to a new directory.
 
-    path: a run or a checkpoint; of a run with a tokenizer, that too. Returns the new files, which
-    `load_model(out)` reads. Raises HopeError where `out` exists, or the checkpoint is damaged.
+    path: a run or a checkpoint. Returns the new files, which `load_model(out)` reads. Raises
+    HopeError where `out` is not empty, or the checkpoint is damaged.
     """
     checkpoint = find_checkpoint(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -213,10 +213,8 @@ def export_model(path: Path, out: Path) -> list[Path]:
     with torch.device("meta"):
         model = LanguageModel(load_config(checkpoint).model)
     _check_weights(model, checkpoint / _MODEL)
-    sources = [checkpoint / _MODEL, checkpoint / _CONFIG]
-    # Of a run, or of one of its checkpoints: <run>/checkpoints/step-...
-    homes = (checkpoint, path, checkpoint.parent.parent)
-    sources += [home / _TOKENIZER for home in homes if (home / _TOKENIZER).is_file()][:1]
+    sources = [checkpoint / name for name in (_MODEL, _CONFIG, _TOKENIZER)]
+    sources = [source for source in sources if source.exists()]
     with atomic_directory(out) as directory:
         for source in sources:
             shutil.copyfile(source, directory / source.name)

@@ -136,11 +136,12 @@ class LanguageModel(nn.Module):
         if state is not None:
             carried = list(zip(state.layers, state.cms, strict=True))
         layers, cms = [], []
-        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block, before in zip(self.blocks, carried, strict=True):
             inputs = (x, *before, cu_seqlens)
             x, layer, levels = (
-                checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+                checkpoint(block, *inputs, use_reentrant=False)
+                if self.checkpoint_activations
+                else block(*inputs)
             )
             layers.append(layer)
             cms.append(levels)

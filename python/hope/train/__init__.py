@@ -8,7 +8,7 @@ stopping. trainer: the loop around them.
 from hope.train.divergence import TrainingDiverged
 from hope.train.optimizer import make_optimizer
 from hope.train.schedule import learning_rate
-from hope.train.trainer import Trainer, TrainResult
+from hope.train.trainer import Trainer, TrainResult, discard
 from hope.train.validation import autocast, bits_per_byte
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TrainingDiverged",
     "autocast",
     "bits_per_byte",
+    "discard",
     "learning_rate",
     "make_optimizer",
 ]

@@ -5,8 +5,10 @@ tokens_per_second and seconds (of training, so far); a validation's has step, to
 validation_bits_per_byte. docs/training.md says more.
 """
 
+import contextlib
 import json
 import math
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +63,14 @@ class Metrics:
             writer.close()
 
 
+def remove_metrics(out: Path) -> None:
+    """Removes what the writers have left of a run that begins anew."""
+    for path in (out / FILE, out / _WANDB):
+        path.unlink(missing_ok=True)
+    for directory in (out / _TENSORBOARD, out / "wandb"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def check_packages(config: RunConfig) -> None:
     """HopeError where the settings need a package that is not installed."""
     if config.train.tensorboard:
@@ -77,10 +87,16 @@ class JsonLines:
             lines = path.read_text().splitlines()
             with atomic_file(path) as new:
                 new.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
-        self._file = path.open("a", buffering=1)
+        self._path, self._file = path, path.open("a", buffering=1)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.close()  # it tries once more to write what it has
+            message = f"cannot write the metrics of step {record['step']}: {error.strerror}"
+            raise OSError(error.errno, message, str(self._path)) from error
 
     def flush(self) -> None:
         self._file.flush()

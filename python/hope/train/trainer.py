@@ -6,6 +6,7 @@ A run is a directory: `checkpoints/`, `metrics.jsonl` (one JSON object per step 
 
 import contextlib
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hope.checkpoint import find_checkpoint, load_model, load_state, save_checkpoint
+from hope.checkpoint import (
+    find_checkpoint,
+    has_checkpoint,
+    load_model,
+    load_state,
+    save_checkpoint,
+)
 from hope.config import RunConfig
 from hope.data import VOCAB_SIZE, Corpus, WindowSampler
 from hope.errors import HopeError
@@ -26,7 +33,7 @@ from hope.generate import decode, generate
 from hope.model import LanguageModel
 from hope.plot import plot_loss
 from hope.train.divergence import TrainingDiverged, bad_parameter, first_bad_tensor
-from hope.train.metrics import FILE, Metrics, check_packages
+from hope.train.metrics import FILE, Metrics, check_packages, remove_metrics
 from hope.train.optimizer import make_optimizer
 from hope.train.ranks import join
 from hope.train.schedule import learning_rate
@@ -46,6 +53,17 @@ class TrainResult:
     sample: str | None
     signal: signal.Signals | None
     files: dict[str, Path]
+
+
+def discard(run: Path) -> None:
+    """Removes what a run leaves that was killed before its first checkpoint.
+
+    Raises HopeError where it has one.
+    """
+    if has_checkpoint(run):
+        raise HopeError(f"{run} has a checkpoint; continue it, or remove the directory")
+    remove_metrics(run)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 class Trainer:
@@ -77,9 +95,10 @@ class Trainer:
             raise HopeError(f"model.vocab_size must be at least {VOCAB_SIZE} for bytes, not {got}")
         checkpoint = find_checkpoint(out) if resume else None
         if checkpoint is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise HopeError(
-                f"{out} is not empty; continue that run with --resume, or choose another --out"
-            )
+            way = "continue that run with --resume"
+            if not has_checkpoint(out):
+                way = "there is no checkpoint to continue from, so remove it"
+            raise HopeError(f"{out} is not empty; {way}, or choose another --out")
         check_packages(config)
         train = config.train
         self.ranks = join(config, self.device)
@@ -210,7 +229,8 @@ class Trainer:
         self.model.train()
         if not math.isfinite(value):
             when = f"the validation after step {self.step} (validation bits per byte {value})"
-            raise self._diverged(when, self.ranks.first_of(bad_parameter(self.model)))
+            bad = self.ranks.first_of(bad_parameter(self.model))
+            raise self._diverged(when, bad or "not a parameter, so it came up on the way")
         return value
 
     def _state(self) -> dict[str, Any]:
