@@ -130,7 +130,7 @@ def test_weights_that_an_update_has_broken_are_no_checkpoint(tmp_path, corpus):
 
 def test_a_validation_that_is_no_number_stops_the_run(tmp_path, corpus, monkeypatch):
     trainer = Trainer(runs.CONFIG, corpus, tmp_path / "run")
-    monkeypatch.setattr("hope.train.trainer.bits_per_byte", lambda *_: math.inf)
+    monkeypatch.setattr("hope.train.trainer.bits_per_byte", lambda *_, **__: math.inf)
     with pytest.raises(
         TrainingDiverged, match=r"the validation after step 2 \(.* byte inf\).*not a param"
     ):

@@ -1,8 +1,8 @@
 """Checkpoints: one directory each, complete or absent.
 
 `<run>/checkpoints/step-00000400/` holds `model.safetensors` (the weights), `config.json` (the
-RunConfig) and `state/` (what `--resume` needs: hope.training_state). The first two are a model that
-can be used; the last is not needed for that.
+RunConfig), the `tokenizer.json` of a run that does not read bytes, and `state/` (what `--resume`
+needs: hope.training_state). All but the last are a model that can be used, without it.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from hope.config import RunConfig, from_dict, to_dict
 from hope.errors import HopeError
 from hope.files import atomic_directory, partial_directory, remove_partial
 from hope.model import LanguageModel, parameter_shapes
+from hope.tokenizers import BYTES, Tokenizer
 
 _MODEL, _CONFIG, _STATE, _TOKENIZER = "model.safetensors", "config.json", "state", "tokenizer.json"
 _OLD_STATE = "trainer.pt"
@@ -37,6 +38,7 @@ def save_checkpoint(
     optimizer: Optimizer,
     trainer: dict[str, Any],
     keep: int,
+    tokenizer: Tokenizer = BYTES,
 ) -> Path:
     """Writes the checkpoint of `step`, removes all but the newest `keep`; returns its directory.
 
@@ -53,6 +55,7 @@ def save_checkpoint(
             contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_file(contiguous, directory / _MODEL)
             (directory / _CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            tokenizer.save(directory)
         save_state(directory / _STATE, model, optimizer, trainer)
     if _is_first():
         for old in _checkpoints(run)[:-keep]:

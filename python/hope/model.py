@@ -148,9 +148,13 @@ class LanguageModel(nn.Module):
         logits = F.linear(self.norm(x), self.embedding.weight).float()
         return (logits, ModelState(tuple(layers), tuple(cms))) if return_state else logits
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+    def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar.
+
+        Targets of -100 are left out. cu_seqlens: of packed documents, as in `forward`.
+        """
+        logits = self(tokens, cu_seqlens=cu_seqlens)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

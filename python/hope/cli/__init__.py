@@ -6,11 +6,21 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hope.cli import compare, evaluate, export, generate, info, memory, train
+from hope.cli import (
+    compare,
+    evaluate,
+    export,
+    generate,
+    info,
+    memory,
+    shards,
+    tokenizer,
+    train,
+)
 from hope.errors import HopeError
 from hope.train import TrainingDiverged
 
-_COMMANDS = (train, compare, evaluate, generate, export, info, memory)
+_COMMANDS = (train, compare, evaluate, generate, export, tokenizer, shards, info, memory)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,12 +18,13 @@ from hope.config.mixers import (
 )
 from hope.config.model import CmsConfig, ModelConfig
 from hope.config.parallel import ParallelConfig
-from hope.config.run import RunConfig, TrainConfig
+from hope.config.run import DataConfig, RunConfig, TrainConfig
 
 __all__ = [
     "MIXER_KINDS",
     "AttentionConfig",
     "CmsConfig",
+    "DataConfig",
     "HopeConfig",
     "MacConfig",
     "MagConfig",

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hope.config import RunConfig
 from hope.config.check import require
+from hope.data import Batch
 from hope.model import LanguageModel
-from hope.parallel.mesh import make_mesh, part
+from hope.parallel.mesh import columns, make_mesh
 from hope.parallel.tensor import check_tensor
 from hope.parallel.wrap import clip_gradients, parallelize
 from hope.train.ranks import Ranks, is_first
@@ -46,7 +47,8 @@ class Grid(Ranks):
             train.compile,
         )
         self.mesh = make_mesh(parallel, device)
-        self.data = data
+        self.data, self.data_rank = data, self.mesh.get_local_rank("data")
+        self.parts = data * parts
         self.first = is_first()
 
     def spread(self, model: LanguageModel, compiled: bool) -> Callable[..., Tensor]:
@@ -59,8 +61,9 @@ class Grid(Ranks):
             return nullcontext()
         return self.objective.no_sync()
 
-    def part(self, batch: Tensor) -> Tensor:
-        return part(batch, self.mesh, even=False)
+    def part(self, rows: Batch) -> Batch:
+        tokens, targets, cu_seqlens = rows
+        return Batch(columns(tokens, self.mesh), columns(targets, self.mesh), cu_seqlens)
 
     def clip(self, model: nn.Module, limit: float) -> Tensor:
         return clip_gradients(model.parameters(), limit)
@@ -71,10 +74,10 @@ class Grid(Ranks):
         dist.all_reduce(total)
         return total / dist.get_world_size()
 
-    def sum(self, number: float) -> float:
-        total = torch.tensor(number, dtype=torch.float64, device=self.device)
+    def sum(self, *numbers: float) -> tuple[float, ...]:
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.item() / self.mesh["tensor"].size()
+        return tuple((total / self.mesh["tensor"].size()).tolist())
 
     def first_of(self, found: T | None) -> T | None:
         everyones: list[T | None] = [None] * dist.get_world_size()

@@ -48,16 +48,20 @@ def make_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     )
 
 
-def part(batch: Tensor, mesh: DeviceMesh, *, even: bool = True) -> Tensor:
+def part(batch: Tensor, mesh: DeviceMesh) -> Tensor:
     """What this rank reads of tokens, targets or others [B, T, ...]: [B / data, T / sequence, ...].
 
-    Raises HopeError where that does not come out even; even=False: the rows may be any number.
+    Raises HopeError where that does not come out even.
     """
-    for size, axis, name in zip(
-        batch.shape[:2], ("data", "sequence"), ("rows", "tokens"), strict=True
-    ):
-        ranks = mesh[axis].size()
-        fits = size % ranks == 0 or (axis == "data" and not even)
-        require(fits, name, f"a multiple of the {ranks} {axis} ranks", size)
-    rows = batch.tensor_split(mesh["data"].size(), 0)[mesh.get_local_rank("data")]
-    return rows.chunk(mesh["sequence"].size(), 1)[mesh.get_local_rank("sequence")]
+    return columns(_share(batch, mesh, "data", "rows", 0), mesh)
+
+
+def columns(rows: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What this rank reads of its rows [B, T, ...]: [B, T / sequence, ...]."""
+    return _share(rows, mesh, "sequence", "tokens", 1)
+
+
+def _share(x: Tensor, mesh: DeviceMesh, axis: str, name: str, dim: int) -> Tensor:
+    size, ranks = x.shape[dim], mesh[axis].size()
+    require(size % ranks == 0, name, f"a multiple of the {ranks} {axis} ranks", size)
+    return x.chunk(ranks, dim)[mesh.get_local_rank(axis)]

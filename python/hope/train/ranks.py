@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.config import RunConfig
+from hope.data import Batch
 from hope.model import LanguageModel
 
 T = TypeVar("T")
@@ -38,12 +39,12 @@ def agreed(choose: Callable[[], T]) -> T:
 class Ranks:
     """One process, which does all. `hope.parallel.Grid` is the same for many.
 
-    first: whether this process writes what only one may write. data: how many read rows of their
-    own.
+    first: whether this process writes what only one may write. data: how many ranks read rows of
+    their own, and which of these this one is. parts: how many ranks a step's tokens are shared by.
     """
 
     first = True
-    data = 1
+    data, data_rank, parts = 1, 0, 1
     grace = 0.0  # of StopSignals
 
     def __init__(self, config: RunConfig) -> None:
@@ -57,21 +58,21 @@ class Ranks:
         """In which the gradients of a part of a batch stay on the rank, unless it is the last."""
         return nullcontext()
 
-    def part(self, batch: Tensor) -> Tensor:
-        """What this rank reads of [B, T]; no rows where there are fewer than ranks."""
-        return batch
+    def part(self, rows: Batch) -> Batch:
+        """What this rank reads of the rows that it shares with others."""
+        return rows
 
     def clip(self, model: nn.Module, limit: float) -> Tensor:
         """Limits the norm of the whole model's gradient; returns the norm that it had."""
         return nn.utils.clip_grad_norm_(model.parameters(), limit)
 
     def mean(self, loss: Tensor) -> Tensor:
-        """The mean of the losses of all parts of a batch, which are equally large."""
+        """The mean of what the ranks have."""
         return loss
 
-    def sum(self, number: float) -> float:
-        """The sum over all parts of a batch."""
-        return number
+    def sum(self, *numbers: float) -> tuple[float, ...]:
+        """The sums over all parts of a batch."""
+        return numbers
 
     def first_of(self, found: T | None) -> T | None:
         """What the first rank that has found something has found, on all of them."""

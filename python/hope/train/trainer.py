@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hope.checkpoint import (
     save_checkpoint,
 )
 from hope.config import RunConfig
-from hope.data import VOCAB_SIZE, Corpus, WindowSampler
+from hope.data import IGNORED, Batch, Corpus, training_sampler
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.generate import decode, generate
@@ -38,9 +38,7 @@ from hope.train.optimizer import make_optimizer
 from hope.train.ranks import join
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopSignals
-from hope.train.validation import LN2, autocast, bits_per_byte
-
-Batch = tuple[Tensor, ...]  # what LanguageModel.loss takes
+from hope.train.validation import LN2, autocast, bits_per_byte, target_bytes
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,11 @@ class Trainer:
     ) -> None:
         self.config, self.corpus, self.out = config, corpus, out
         self.device = torch.device(device)
-        if config.model.vocab_size < VOCAB_SIZE:
-            got = config.model.vocab_size
-            raise HopeError(f"model.vocab_size must be at least {VOCAB_SIZE} for bytes, not {got}")
+        needed, got = corpus.tokenizer.vocab_size, config.model.vocab_size
+        if got < needed:
+            raise HopeError(
+                f"model.vocab_size must be at least {needed} for {corpus.tokenizer.name}, not {got}"
+            )
         checkpoint = find_checkpoint(out) if resume else None
         if checkpoint is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             way = "continue that run with --resume"
@@ -108,8 +108,13 @@ class Trainer:
         self.model.checkpoint_activations = train.checkpoint_activations
         self.loss = self.ranks.spread(self.model, train.compile)
         self.optimizer = make_optimizer(self.model, train)
-        rows = train.batch // train.accumulate
-        self.sampler = WindowSampler(corpus.train, train.sequence, rows, train.seed)
+        self.sampler = training_sampler(
+            corpus,
+            replace(train, batch=train.batch // train.accumulate, accumulate=1),
+            packed=config.data.packed,
+            rank=self.ranks.data_rank,
+            world=self.ranks.data,
+        )
         self.step, self.seconds = 0, 0.0
         self.validation: float | None = None
         self._saved: Path | None = None  # the newest checkpoint
@@ -169,10 +174,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self._take_batches()
-        loss = self._backward(batches, self.loss)
-        loss = self.ranks.mean(loss)
+        loss = self.ranks.mean(self._backward(batches, self.loss))
         norm = self.ranks.clip(self.model, train.clip)
-        values = {"train_bits_per_byte": loss.item() / LN2, "gradient_norm": norm.item()}
+        # Of the text in the batch: a separator costs nats, too, but is no byte.
+        own = sum(target_bytes(batch, self.corpus.tokenizer) for batch in batches)
+        nats, (bytes_of_text,) = loss.item() * self._counted(batches), self.ranks.sum(own)
+        bits = nats / max(1, bytes_of_text) / LN2
+        values = {"train_bits_per_byte": bits, "gradient_norm": norm.item()}
         if not all(math.isfinite(value) for value in values.values()):
             where = self.ranks.first_of(bad_parameter(self.model))
             if where is None:
@@ -197,16 +205,27 @@ class Trainer:
 
     def _take_batches(self) -> list[Batch]:
         """The parts of a step's batch: the one place that knows the sampler."""
-        parts = [self.sampler.next_batch() for _ in range(self.config.train.accumulate)]
-        return [tuple(self.ranks.part(tensor).to(self.device) for tensor in part) for part in parts]
+        parts = range(self.config.train.accumulate)
+        return [self.ranks.part(self.sampler.next_batch()) for _ in parts]
+
+    def _counted(self, batches: Sequence[Batch]) -> float:
+        """How many targets of a step are not IGNORED, on all ranks together."""
+        if not self.config.data.packed:
+            return self.config.train.tokens_per_step
+        return self.ranks.sum(sum(map(_counted, batches)))[0]
 
     def _backward(self, batches: Sequence[Batch], loss_of: Callable[..., Tensor]) -> Tensor:
-        """Adds the gradient of the mean loss over all batches to the parameters'; that loss."""
+        """Adds the gradient of the mean loss over a step's targets to the parameters'.
+
+        Returns this rank's part of the mean, times the number of parts: the mean over all ranks is
+        that of the step, and so is the gradients'.
+        """
         total = torch.zeros((), device=self.device)
+        part = self.ranks.parts / self._counted(batches)
         for number, batch in enumerate(batches, 1):
             with self.ranks.alone(last=number == len(batches)):
                 with autocast(self.device, self.config.train):
-                    loss = loss_of(*batch) / len(batches)
+                    loss = loss_of(*batch.to(self.device)) * (_counted(batch) * part)
                 loss.backward()
             total += loss.detach()
         return total
@@ -225,7 +244,14 @@ class Trainer:
 
     def _validate(self) -> float:
         self.model.eval()
-        value = bits_per_byte(self.model, self.corpus.validation, self.config.train, self.ranks)
+        value = bits_per_byte(
+            self.model,
+            self.corpus.validation,
+            self.config.train,
+            self.corpus.tokenizer,
+            packed=self.config.data.packed,
+            ranks=self.ranks,
+        )
         self.model.train()
         if not math.isfinite(value):
             when = f"the validation after step {self.step} (validation bits per byte {value})"
@@ -253,7 +279,8 @@ class Trainer:
             raise self._diverged(f"the update of step {self.step}", bad)
         metrics.flush()
         keep, parts = self.config.train.keep_checkpoints, (self.config, self.model, self.optimizer)
-        self._saved = save_checkpoint(self.out, self.step, *parts, self._state(), keep)
+        tokenizer = self.corpus.tokenizer
+        self._saved = save_checkpoint(self.out, self.step, *parts, self._state(), keep, tokenizer)
 
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint, self.model, self.optimizer, self._state())
@@ -278,8 +305,13 @@ class Trainer:
         if received is None:
             # This rank may have but a part of the model in memory.
             model = load_model(self.out, self.device) if self.step > 0 else self.model.eval()
-            sample = "".join(decode(generate(model, seed=self.config.train.seed)))
+            seed, tokenizer = self.config.train.seed, self.corpus.tokenizer
+            sample = "".join(decode(generate(model, seed=seed, tokenizer=tokenizer), tokenizer))
             files["sample"] = self.out / "sample.txt"
             with atomic_file(files["sample"]) as path:
                 path.write_text(sample)
         return TrainResult(self.validation, self.tokens, self.seconds, sample, received, files)
+
+
+def _counted(batch: Batch) -> int:
+    return int((batch.targets != IGNORED).sum())

@@ -4,11 +4,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from hope.config import TrainConfig
-from hope.data import SEPARATOR, validation_batches
+from hope.data import IGNORED, Batch, Tokens, validation_batches
 from hope.model import LanguageModel
+from hope.tokenizers import BYTES, Tokenizer
 from hope.train.ranks import Ranks
 
 LN2 = math.log(2)  # nats in a bit
@@ -16,7 +16,13 @@ LN2 = math.log(2)  # nats in a bit
 
 @torch.no_grad()
 def bits_per_byte(
-    model: LanguageModel, tokens: Tensor, config: TrainConfig, ranks: Ranks | None = None
+    model: LanguageModel,
+    tokens: Tokens,
+    config: TrainConfig,
+    tokenizer: Tokenizer = BYTES,
+    *,
+    packed: bool = False,
+    ranks: Ranks | None = None,
 ) -> float:
     """The mean code length of a byte under the model, over fixed windows read from a fresh state.
 
@@ -25,17 +31,33 @@ def bits_per_byte(
     """
     device = model.embedding.weight.device
     nats, count = 0.0, 0
-    batches = validation_batches(tokens, config.sequence, config.batch, config.validation_tokens)
-    for batch in batches:
-        inputs, targets = map(ranks.part, batch) if ranks else batch
+    batches = validation_batches(
+        tokens,
+        config.sequence,
+        config.batch,
+        config.validation_tokens,
+        packed=packed,
+        separator=tokenizer.separator,
+        rank=ranks.data_rank if ranks else 0,
+        world=ranks.data if ranks else 1,
+    )
+    for rows in batches:
+        batch = ranks.part(rows) if ranks else rows
+        inputs, targets, cu_seqlens = batch.to(device)
         with autocast(device, config):
-            logits = model(inputs.to(device))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum")
+            logits = model(inputs, cu_seqlens=cu_seqlens)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         nats += loss.item()
-        count += int((targets != SEPARATOR).sum())
+        count += target_bytes(batch, tokenizer)
     if ranks:
-        nats, count = ranks.sum(nats), ranks.sum(count)
+        nats, count = ranks.sum(nats, count)
     return nats / count / LN2
+
+
+def target_bytes(batch: Batch, tokenizer: Tokenizer) -> int:
+    """How many bytes of text the targets of a batch (on the CPU) are."""
+    targets = batch.targets[batch.targets != IGNORED]
+    return int(tokenizer.byte_counts[targets].sum())
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
