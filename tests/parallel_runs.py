@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from torch import nn
 
 
 def trainer_of(config: RunConfig, text: str, out: Path, resume: bool = False) -> Trainer:
-    corpus = load_corpus([text], window=config.train.sequence)
+    data = replace(config.data, paths=(text,))
+    corpus = load_corpus(data, window=config.train.sequence)
     return Trainer(config, corpus, out, resume=resume)
 
 

@@ -203,8 +203,15 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 @pytest.mark.parametrize(
     "command",
     [
-        *([], ["train"], ["compare"], ["generate"], ["export"], ["tokenizer"], ["shards"]),
-        *(["info"], ["memory"]),
+        [],
+        ["train"],
+        ["compare"],
+        ["generate"],
+        ["export"],
+        ["tokenizer"],
+        ["shards"],
+        ["info"],
+        ["memory"],
     ],
 )
 def test_help(capsys, command):

@@ -14,7 +14,7 @@ import parallel_runs
 import pytest
 import runs
 import torch
-from hope import CmsConfig, HopeConfig, load_model
+from hope import CmsConfig, DataConfig, HopeConfig, HopeError, load_model
 from hope.checkpoint import find_checkpoint
 from hope.config import ParallelConfig
 from test_hope_parallel import world, worlds  # noqa: F401 - a fixture
@@ -78,6 +78,18 @@ def test_a_run_on_a_grid_is_that_of_one_process(world, tmp_path, text, grid, mod
     assert (tmp_path / "many" / "sample.txt").exists()
 
 
+@worlds(4)
+def test_packed_documents_are_shared_by_rows(world, tmp_path, text):  # noqa: F811
+    """The stream's end, which has no target, makes one rank's mean that of fewer targets."""
+    data = DataConfig(packed=True)
+    changes = {"tokens": 4 * 4 * 32, "validation_tokens": 160, "accumulate": 1}
+    one = replace(on(ParallelConfig(), **changes), data=data)
+    parallel_runs.train(one, text, tmp_path / "one")
+    many = replace(on(ParallelConfig("fsdp"), **changes), data=data)
+    world.run(parallel_runs.train, many, text, tmp_path / "many")
+    assert_close_runs(tmp_path / "many", tmp_path / "one")
+
+
 @worlds(2)
 @pytest.mark.parametrize(
     "grid",
@@ -132,6 +144,11 @@ def test_all_ranks_say_where_a_run_diverged(world, tmp_path, text, grid):  # noq
 def test_settings_that_do_not_fit_the_ranks_are_refused(world, tmp_path, text, config, message):  # noqa: F811
     for said in world.run(parallel_runs.refuse, config, text, tmp_path / "run"):
         assert message in said
+
+
+def test_packed_documents_are_not_shared_by_tokens():
+    with pytest.raises(HopeError, match=r"parallel\.sequence must be 1 with data\.packed"):
+        replace(on(ParallelConfig(sequence=2)), data=DataConfig(packed=True))
 
 
 def test_one_process_is_no_grid(tmp_path, text):

@@ -8,6 +8,7 @@ import runs
 import torch
 from hope import CmsConfig, HopeConfig, HopeError, LanguageModel, TrainConfig, Trainer, load_corpus
 from hope.config import override
+from hope.data import IGNORED, Batch
 from hope.train import learning_rate
 
 
@@ -43,6 +44,36 @@ def test_a_batch_in_parts_has_the_same_gradient(tmp_path, corpus, parts):
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
     assert whole.sampler.state_dict() == split.sampler.state_dict()
+
+
+def test_parts_weigh_as_many_targets_as_they_count(tmp_path, corpus):
+    trainer = Trainer(runs.CONFIG, corpus, tmp_path / "run")
+    tokens, targets, _ = trainer.sampler.next_batch()
+    targets = targets.clone()
+    targets[0, 3:] = IGNORED  # 3 in the first half, 64 in the second
+    targets[1] = IGNORED
+    whole = Batch(tokens, targets)
+    halves = [Batch(tokens[:2], targets[:2]), Batch(tokens[2:], targets[2:])]
+    results = []
+    for batches in ([whole], halves):
+        loss = trainer._backward(batches, trainer.loss)
+        results.append([loss, *(p.grad for p in trainer.model.parameters())])
+        trainer.optimizer.zero_grad()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_are_the_text_of_the_whole(tmp_path, corpus, packed):
+    settings = [f"data.packed={str(packed).lower()}"]
+    read = []
+    for parts in (1, 2):
+        config = override(runs.training(accumulate=parts), settings)
+        trainer = Trainer(config, corpus, tmp_path / str(parts))
+        steps = [trainer._take_batches() for _ in range(3)]
+        assert {len(batches) for batches in steps} == {parts}
+        tokens = [batch.tokens.flatten() for batches in steps for batch in batches]
+        read.append(torch.cat(tokens))
+    assert torch.equal(*read)
 
 
 def test_a_part_is_what_is_computed_at_once(tmp_path, corpus):

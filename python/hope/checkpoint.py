@@ -2,7 +2,8 @@
 
 `<run>/checkpoints/step-00000400/` holds `model.safetensors` (the weights), `config.json` (the
 RunConfig), the `tokenizer.json` of a run that does not read bytes, and `state/` (what `--resume`
-needs: hope.training_state). All but the last are a model that can be used, without it.
+needs: hope.training_state). The first three are a model that can be used; the last is not needed
+for that.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ from hope.train.divergence import TrainingDiverged
 from hope.train.optimizer import make_optimizer
 from hope.train.schedule import learning_rate
 from hope.train.trainer import Trainer, TrainResult, discard
-from hope.train.validation import autocast, bits_per_byte
+from hope.train.validation import autocast, bits_per_byte, target_bytes
 
 __all__ = [
     "TrainResult",
@@ -20,4 +20,5 @@ __all__ = [
     "discard",
     "learning_rate",
     "make_optimizer",
+    "target_bytes",
 ]

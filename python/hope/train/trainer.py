@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hope.checkpoint import (
     save_checkpoint,
 )
 from hope.config import RunConfig
-from hope.data import IGNORED, Batch, Corpus, training_sampler
+from hope.data import Batch, Corpus, training_sampler
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.generate import decode, generate
@@ -38,7 +38,7 @@ from hope.train.optimizer import make_optimizer
 from hope.train.ranks import join
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopSignals
-from hope.train.validation import LN2, autocast, bits_per_byte, target_bytes
+from hope.train.validation import LN2, autocast, bits_per_byte, target_bytes, target_count
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,9 @@ class Trainer:
         self.model.checkpoint_activations = train.checkpoint_activations
         self.loss = self.ranks.spread(self.model, train.compile)
         self.optimizer = make_optimizer(self.model, train)
+        rank, world = self.ranks.data_rank, self.ranks.data
         self.sampler = training_sampler(
-            corpus,
-            replace(train, batch=train.batch // train.accumulate, accumulate=1),
-            packed=config.data.packed,
-            rank=self.ranks.data_rank,
-            world=self.ranks.data,
+            corpus, train, packed=config.data.packed, rank=rank, world=world
         )
         self.step, self.seconds = 0, 0.0
         self.validation: float | None = None
@@ -177,9 +174,9 @@ class Trainer:
         loss = self.ranks.mean(self._backward(batches, self.loss))
         norm = self.ranks.clip(self.model, train.clip)
         # Of the text in the batch: a separator costs nats, too, but is no byte.
-        own = sum(target_bytes(batch, self.corpus.tokenizer) for batch in batches)
-        nats, (bytes_of_text,) = loss.item() * self._counted(batches), self.ranks.sum(own)
-        bits = nats / max(1, bytes_of_text) / LN2
+        count = sum(target_bytes(batch, self.corpus.tokenizer) for batch in batches)
+        tokens, count = self.ranks.sum(sum(map(target_count, batches)), count)
+        bits = loss.item() * tokens / max(1, count) / LN2
         values = {"train_bits_per_byte": bits, "gradient_norm": norm.item()}
         if not all(math.isfinite(value) for value in values.values()):
             where = self.ranks.first_of(bad_parameter(self.model))
@@ -208,24 +205,20 @@ class Trainer:
         parts = range(self.config.train.accumulate)
         return [self.ranks.part(self.sampler.next_batch()) for _ in parts]
 
-    def _counted(self, batches: Sequence[Batch]) -> float:
-        """How many targets of a step are not IGNORED, on all ranks together."""
-        if not self.config.data.packed:
-            return self.config.train.tokens_per_step
-        return self.ranks.sum(sum(map(_counted, batches)))[0]
-
     def _backward(self, batches: Sequence[Batch], loss_of: Callable[..., Tensor]) -> Tensor:
-        """Adds the gradient of the mean loss over a step's targets to the parameters'.
+        """Adds the gradient of the mean loss of all targets to the parameters'; that loss.
 
-        Returns this rank's part of the mean, times the number of parts: the mean over all ranks is
-        that of the step, and so is the gradients'.
+        On a grid each rank returns another number. Their mean is that loss, as the gradient is the
+        mean of the ranks'.
         """
+        counts = [target_count(batch) for batch in batches]
+        (whole,) = self.ranks.sum(sum(counts))
         total = torch.zeros((), device=self.device)
-        part = self.ranks.parts / self._counted(batches)
-        for number, batch in enumerate(batches, 1):
+        for number, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
             with self.ranks.alone(last=number == len(batches)):
                 with autocast(self.device, self.config.train):
-                    loss = loss_of(*batch.to(self.device)) * (_counted(batch) * part)
+                    share = count * self.ranks.parts / whole
+                    loss = loss_of(*batch.to(self.device)) * share
                 loss.backward()
             total += loss.detach()
         return total
@@ -244,12 +237,13 @@ class Trainer:
 
     def _validate(self) -> float:
         self.model.eval()
+        corpus, packed = self.corpus, self.config.data.packed
         value = bits_per_byte(
             self.model,
-            self.corpus.validation,
+            corpus.validation,
             self.config.train,
-            self.corpus.tokenizer,
-            packed=self.config.data.packed,
+            corpus.tokenizer,
+            packed=packed,
             ranks=self.ranks,
         )
         self.model.train()
@@ -278,9 +272,16 @@ class Trainer:
         if bad := self.ranks.first_of(bad_parameter(self.model)):
             raise self._diverged(f"the update of step {self.step}", bad)
         metrics.flush()
-        keep, parts = self.config.train.keep_checkpoints, (self.config, self.model, self.optimizer)
-        tokenizer = self.corpus.tokenizer
-        self._saved = save_checkpoint(self.out, self.step, *parts, self._state(), keep, tokenizer)
+        self._saved = save_checkpoint(
+            self.out,
+            self.step,
+            self.config,
+            self.model,
+            self.optimizer,
+            self._state(),
+            self.config.train.keep_checkpoints,
+            self.corpus.tokenizer,
+        )
 
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint, self.model, self.optimizer, self._state())
@@ -311,7 +312,3 @@ class Trainer:
             with atomic_file(files["sample"]) as path:
                 path.write_text(sample)
         return TrainResult(self.validation, self.tokens, self.seconds, sample, received, files)
-
-
-def _counted(batch: Batch) -> int:
-    return int((batch.targets != IGNORED).sum())

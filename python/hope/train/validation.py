@@ -54,8 +54,13 @@ def bits_per_byte(
     return nats / count / LN2
 
 
+def target_count(batch: Batch) -> int:
+    """How many targets of a batch (on the CPU) count."""
+    return int((batch.targets != IGNORED).sum())
+
+
 def target_bytes(batch: Batch, tokenizer: Tokenizer) -> int:
-    """How many bytes of text the targets of a batch (on the CPU) are."""
+    """How many bytes of text they are."""
     targets = batch.targets[batch.targets != IGNORED]
     return int(tokenizer.byte_counts[targets].sum())
 
