@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import parallel_checks as checks
 import pytest
 from hope.config import ParallelConfig
 from hope.errors import HopeError
 from hope.parallel.tensor import check_tensor
-from worlds import World
-
-
-@pytest.fixture(scope="module")
-def world(request, tmp_path_factory) -> Iterator[World]:
-    processes = World(request.param, tmp_path_factory.mktemp("world"))
-    yield processes
-    processes.stop()
-
-
-def worlds(*sizes: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("world", sizes, indirect=True, ids="world{}".format)
+from worlds import worlds
 
 
 @worlds(2, 4)

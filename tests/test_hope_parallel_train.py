@@ -17,7 +17,7 @@ import torch
 from hope import CmsConfig, DataConfig, HopeConfig, HopeError, load_model
 from hope.checkpoint import find_checkpoint
 from hope.config import ParallelConfig
-from test_hope_parallel import world, worlds  # noqa: F401 - a fixture
+from worlds import worlds
 
 ROOT = Path(__file__).resolve().parent.parent
 _CMS = replace(
@@ -68,7 +68,7 @@ def assert_same_runs(out: Path, expected: Path) -> None:
     ],
     ids=["ddp", "fsdp-sequence", "fsdp-sequence-tensor"],
 )
-def test_a_run_on_a_grid_is_that_of_one_process(world, tmp_path, text, grid, model, changes):  # noqa: F811
+def test_a_run_on_a_grid_is_that_of_one_process(world, tmp_path, text, grid, model, changes):
     # 160 tokens are five windows, which four ranks do not share evenly.
     changes |= {"tokens": 4 * 4 * 32, "validation_tokens": 160}
     one, many = on(ParallelConfig(), model, **changes), on(grid, model, **changes)
@@ -79,7 +79,7 @@ def test_a_run_on_a_grid_is_that_of_one_process(world, tmp_path, text, grid, mod
 
 
 @worlds(4)
-def test_packed_documents_are_shared_by_rows(world, tmp_path, text):  # noqa: F811
+def test_packed_documents_are_shared_by_rows(world, tmp_path, text):
     """The stream's end, which has no target, makes one rank's mean that of fewer targets."""
     data = DataConfig(packed=True)
     changes = {"tokens": 4 * 4 * 32, "validation_tokens": 160, "accumulate": 1}
@@ -101,7 +101,7 @@ def test_packed_documents_are_shared_by_rows(world, tmp_path, text):  # noqa: F8
     ],
     ids=["ddp", "fsdp", "tensor", "sequence"],
 )
-def test_a_signal_to_one_stops_all_and_the_rest_is_bitwise_the_same(world, tmp_path, text, grid):  # noqa: F811
+def test_a_signal_to_one_stops_all_and_the_rest_is_bitwise_the_same(world, tmp_path, text, grid):
     config, steps = on(grid, tokens=6 * 4 * 32), 6
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     world.run(parallel_runs.train, config, text, whole)
@@ -112,7 +112,7 @@ def test_a_signal_to_one_stops_all_and_the_rest_is_bitwise_the_same(world, tmp_p
 
 
 @worlds(2)
-def test_another_number_of_ranks_goes_on(world, tmp_path, text):  # noqa: F811
+def test_another_number_of_ranks_goes_on(world, tmp_path, text):
     config = on(ParallelConfig("fsdp"), tokens=6 * 4 * 32)
     parallel_runs.train(config, text, tmp_path / "one")
     out = tmp_path / "parts"
@@ -123,7 +123,7 @@ def test_another_number_of_ranks_goes_on(world, tmp_path, text):  # noqa: F811
 
 @worlds(2)
 @pytest.mark.parametrize("grid", [ParallelConfig("fsdp"), ParallelConfig(tensor=2)], ids=repr)
-def test_all_ranks_say_where_a_run_diverged(world, tmp_path, text, grid):  # noqa: F811
+def test_all_ranks_say_where_a_run_diverged(world, tmp_path, text, grid):
     messages = world.run(parallel_runs.diverge, on(grid), text, tmp_path / "run")
     assert len(set(messages)) == 1
     assert "training diverged at step 2" in messages[0]
@@ -141,7 +141,7 @@ def test_all_ranks_say_where_a_run_diverged(world, tmp_path, text, grid):  # noq
     ],
     ids=["rows", "tokens", "compile", "world"],
 )
-def test_settings_that_do_not_fit_the_ranks_are_refused(world, tmp_path, text, config, message):  # noqa: F811
+def test_settings_that_do_not_fit_the_ranks_are_refused(world, tmp_path, text, config, message):
     for said in world.run(parallel_runs.refuse, config, text, tmp_path / "run"):
         assert message in said
 

@@ -11,10 +11,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 import torch
 import torch.distributed as dist
 
 _SECONDS = 60  # a test is given up after; hanging processes are killed
+
+
+def worlds(*sizes: int) -> pytest.MarkDecorator:
+    """A test of the fixture `world`, once with each number of processes."""
+    return pytest.mark.parametrize("world", sizes, indirect=True, ids="world{}".format)
 
 
 class World:
