@@ -41,15 +41,15 @@ def train_until_one_is_told_to_stop(config: RunConfig, text: str, out: Path, ste
     return result.signal.name
 
 
-def diverge(config: RunConfig, text: str, out: Path) -> str:
-    """One rank's part of a weight becomes NaN; what the error says here."""
+def diverge(config: RunConfig, text: str, out: Path, value: float) -> str:
+    """A number of one rank's part of a weight becomes `value`; what the error says here."""
     trainer = trainer_of(config, text, out)
 
     def poison() -> None:
         parameter: nn.Parameter = trainer.model.blocks[0].mixer.out.weight
         if dist.get_rank() == dist.get_world_size() - 1:
             with torch.no_grad():
-                local(parameter).view(-1)[0] = float("nan")
+                local(parameter).view(-1)[0] = value
 
     runs.interrupt(trainer, 2, poison)
     with pytest.raises(TrainingDiverged) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -122,12 +123,25 @@ def test_another_number_of_ranks_goes_on(world, tmp_path, text):
 
 
 @worlds(2)
-@pytest.mark.parametrize("grid", [ParallelConfig("fsdp"), ParallelConfig(tensor=2)], ids=repr)
-def test_all_ranks_say_where_a_run_diverged(world, tmp_path, text, grid):
-    messages = world.run(parallel_runs.diverge, on(grid), text, tmp_path / "run")
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ParallelConfig(),
+        ParallelConfig("fsdp"),
+        ParallelConfig(tensor=2),
+        ParallelConfig(sequence=2),
+    ],
+    ids=["ddp", "fsdp", "tensor", "sequence"],
+)
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [(math.nan, "the parameter blocks.0.mixer.out.weight"), (3e38, "the output of ")],
+)
+def test_all_ranks_say_where_a_run_diverged(world, tmp_path, text, grid, value, where):
+    messages = world.run(parallel_runs.diverge, on(grid), text, tmp_path / "run", value)
     assert len(set(messages)) == 1
     assert "training diverged at step 2" in messages[0]
-    assert "the parameter blocks.0.mixer.out.weight" in messages[0]
+    assert where in messages[0]
 
 
 @worlds(2)

@@ -49,6 +49,7 @@ class Grid(Ranks):
         self.mesh = make_mesh(parallel, device)
         self.data, self.data_rank = data, self.mesh.get_local_rank("data")
         self.parts = data * parts
+        self.whole = alike
         self.first = is_first()
 
     def spread(self, model: LanguageModel, compiled: bool) -> Callable[..., Tensor]:

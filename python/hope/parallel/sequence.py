@@ -68,6 +68,8 @@ class Relay:
 
     def end(self) -> None:
         self.running = False
+        if not torch.is_grad_enabled():  # no backward will come
+            self.arrived.clear()
         self.flush()
 
     def at(self, number: int, like: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -132,6 +134,7 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor, *d_leaves: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.relay.arrived.pop(ctx.number, None)
         ctx.relay.send(_floating(d_leaves), step=-1)
         if ctx.number == 0:
             ctx.relay.flush()

@@ -41,9 +41,10 @@ class Ranks:
 
     first: whether this process writes what only one may write. data: how many ranks read rows of
     their own, and which of these this one is. parts: how many ranks a step's tokens are shared by.
+    whole: whether this process can use the model without the others.
     """
 
-    first = True
+    first = whole = True
     data, data_rank, parts = 1, 0, 1
     grace = 0.0  # of StopSignals
 

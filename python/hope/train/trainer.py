@@ -304,8 +304,7 @@ class Trainer:
             plot_loss(files["metrics"], files["loss curve"], self.config.preset)
         sample = None
         if received is None:
-            # This rank may have but a part of the model in memory.
-            model = load_model(self.out, self.device) if self.step > 0 else self.model.eval()
+            model = self.model.eval() if self.ranks.whole else load_model(self.out, self.device)
             seed, tokenizer = self.config.train.seed, self.corpus.tokenizer
             sample = "".join(decode(generate(model, seed=seed, tokenizer=tokenizer), tokenizer))
             files["sample"] = self.out / "sample.txt"
