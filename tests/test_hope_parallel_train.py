@@ -26,6 +26,18 @@ _CMS = replace(
 )
 
 
+each_way = pytest.mark.parametrize(
+    "grid",
+    [
+        ParallelConfig(),
+        ParallelConfig("fsdp"),
+        ParallelConfig(tensor=2),
+        ParallelConfig(sequence=2),
+    ],
+    ids=["ddp", "fsdp", "tensor", "sequence"],
+)
+
+
 def on(grid: ParallelConfig, model=runs.MODEL, **changes):
     train = replace(runs.TRAIN, **changes)
     return replace(runs.CONFIG, model=model, parallel=grid, train=train)
@@ -92,16 +104,7 @@ def test_packed_documents_are_shared_by_rows(world, tmp_path, text):
 
 
 @worlds(2)
-@pytest.mark.parametrize(
-    "grid",
-    [
-        ParallelConfig(),
-        ParallelConfig("fsdp"),
-        ParallelConfig(tensor=2),
-        ParallelConfig(sequence=2),
-    ],
-    ids=["ddp", "fsdp", "tensor", "sequence"],
-)
+@each_way
 def test_a_signal_to_one_stops_all_and_the_rest_is_bitwise_the_same(world, tmp_path, text, grid):
     config, steps = on(grid, tokens=6 * 4 * 32), 6
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -123,16 +126,7 @@ def test_another_number_of_ranks_goes_on(world, tmp_path, text):
 
 
 @worlds(2)
-@pytest.mark.parametrize(
-    "grid",
-    [
-        ParallelConfig(),
-        ParallelConfig("fsdp"),
-        ParallelConfig(tensor=2),
-        ParallelConfig(sequence=2),
-    ],
-    ids=["ddp", "fsdp", "tensor", "sequence"],
-)
+@each_way
 @pytest.mark.parametrize(
     ("value", "where"),
     [(math.nan, "the parameter blocks.0.mixer.out.weight"), (3e38, "the output of ")],
