@@ -18,6 +18,7 @@ from hope.config.mixers import (
     TitansConfig,
 )
 from hope.config.model import CmsConfig, ModelConfig
+from hope.config.parallel import ParallelConfig
 from hope.config.run import DataConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MalConfig",
     "MixerConfig",
     "ModelConfig",
+    "ParallelConfig",
     "RunConfig",
     "TitansConfig",
     "TrainConfig",
