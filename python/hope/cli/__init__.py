@@ -13,6 +13,8 @@ from hope.cli import (
     export,
     generate,
     info,
+    learn,
+    memory,
     profile,
     shards,
     tokenizer,
@@ -22,9 +24,8 @@ from hope.errors import HopeError
 from hope.train import TrainingDiverged
 
 _COMMANDS = (
-    *(train, compare, evaluate, generate, export),
-    *(tokenizer, shards),
-    *(profile, bench, info),
+    *(train, compare, learn, evaluate, generate, export),
+    *(tokenizer, shards, memory, profile, bench, info),
 )
 
 
