@@ -295,24 +295,33 @@ def check(
     ``bounds`` are those of some instances, by name; the others' are computed.
     """
     for instance in instances():
-        name, (case, dtype, device, trains) = str(instance), instance
-        if not re.search(match, name):
-            continue
-        known = bounds.get(name)
-        if trains and not backward:
-            trains, known = False, known and [b for b in known if "without gradient" in b.name]
-        for seed in seeds:
-            settings = {**device, "EMULATOR_SEED": str(seed)}
-            before = {setting: os.environ.get(setting) for setting in settings}
-            os.environ.update(settings)
-            print(f"{name}, seed {seed}", end=": ", flush=True)
-            begin = time.monotonic()
-            assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known)
-            print(f"{time.monotonic() - begin:.1f} s")
-            for setting, value in before.items():
-                os.environ.pop(setting, None)
-                if value is not None:
-                    os.environ[setting] = value
+        if re.search(match, str(instance)):
+            check_one(instance, seeds, bounds, backward=backward)
+
+
+def check_one(
+    instance: Instance,
+    seeds: Iterable[int],
+    bounds: Mapping[str, list[Bound]],
+    *,
+    backward: bool = True,
+) -> None:
+    name, (case, dtype, device, trains) = str(instance), instance
+    known = bounds.get(name)
+    if trains and not backward:
+        trains, known = False, known and [b for b in known if "without gradient" in b.name]
+    for seed in seeds:
+        settings = {**device, "EMULATOR_SEED": str(seed)}
+        before = {setting: os.environ.get(setting) for setting in settings}
+        os.environ.update(settings)
+        print(f"{name}, seed {seed}", end=": ", flush=True)
+        begin = time.monotonic()
+        assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known)
+        print(f"{time.monotonic() - begin:.1f} s")
+        for setting, value in before.items():
+            os.environ.pop(setting, None)
+            if value is not None:
+                os.environ[setting] = value
 
 
 def main() -> int:

@@ -1,0 +1,96 @@
+"""Mutation testing's own tools: the mutants of a line, their switches, and who notices them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emulator import build, mutations
+from emulator.switches import HEADER, RUN_TIME
+
+FUNCTION = """\
+int walk(int a, int b) {
+    int sum = 0, product = 1;
+    for (int i = 0; i < 5; i++) {
+        if (i == a && b > 2 || i != b) sum += i * 2 + a - 1;
+        if (a >= i) sum = max(sum, b);
+        else sum -= 7;
+        if (a <= i || b >= i && a != b) product *= 3;
+        if (sum > 40) continue;
+        product = product + min(i + 1, b) - 1;
+        if (b == 4) __synccount();
+    }
+    return sum * 31 + product;
+}
+"""
+PROGRAM = """\
+#include <algorithm>
+#include <cstdio>
+int synchronised;
+int __synccount() { return synchronised++; }
+extern "C" void mutants_switch(int);
+%(functions)s
+int main() {
+    for (int n = 0; n < %(count)s; n++) {
+        mutants_switch(n);
+        for (int a = -2; a < 7; a++)
+            for (int b = -2; b < 7; b++) {
+                const int all = synchronised, expected = walks[n](a, b), alone = synchronised;
+                const int got = walk(a, b);
+                if (got != expected || synchronised - alone != alone - all)
+                    std::printf("%%d: walk(%%d, %%d) is %%d, not %%d\\n", n, a, b, got, expected);
+                else if (got != walks[0](a, b)) differs[n] = true;
+            }
+    }
+    for (int n = 1; n < %(count)s; n++) if (!differs[n]) std::printf("%%d: shows nowhere\\n", n);
+}
+"""
+
+
+def changed(line: str) -> list[str]:
+    return [change.of(line) for change in mutations.changes(line)]
+
+
+def test_mutants_of_a_line():
+    line = "    if (row < 8) __syncthreads();  // row < 8"
+    assert changed(line) == [
+        "    if (row < 8) ;  // row < 8",
+        "    if (row <= 8) __syncthreads();  // row < 8",
+        "    if (row < 9) __syncthreads();  // row < 8",
+    ]
+    assert changed("    total += part;") == ["    ;", "    total -= part;"]
+    assert changed("// a < b, 8") == []
+
+
+def test_a_switch_does_what_its_mutant_does(tmp_path):
+    """Every mutant of a function, compiled as a function of its own, and as a switch in one."""
+    every = list(mutations.mutants_in(FUNCTION, Path("walk.cpp")))
+    numbers = {n: mutant for n, mutant in enumerate(every, 1) if mutant.change.switch}
+    assert {mutant.line for mutant in numbers.values()} >= set(range(2, 11))
+    text, spans = mutations.with_switches(FUNCTION, numbers)
+    assert sum(map(len, spans.values())) == len(numbers)
+    functions = [text]
+    for n in range(len(every) + 1):
+        lines = FUNCTION.splitlines()
+        if n in numbers:
+            lines[numbers[n].line - 1] = numbers[n].after
+        functions.append("\n".join(lines).replace("walk(", f"walk{n}("))
+    names = ", ".join(f"walk{n}" for n in range(len(every) + 1))
+    functions += [f"int (*walks[])(int, int) = {{{names}}};", f"bool differs[{len(every) + 1}];"]
+    source = tmp_path / "walk.cpp"
+    source.write_text(PROGRAM % {"functions": "\n".join(functions), "count": len(every) + 1})
+    program = build.build([source, RUN_TIME], flags=["-include", str(HEADER), "-w"])
+    hidden = {n for n in range(1, len(every) + 1) if n not in numbers}
+    said = build.run([program]).stdout.splitlines()
+    assert {line for line in said if "shows nowhere" not in line} == set()
+    assert len(said) < len(every) / 4, said
+    assert {f"{n}: shows nowhere" for n in hidden} <= set(said)
+
+
+def test_explained_survivors_are_in_the_sources():
+    lines = {
+        (file.name, line.strip())
+        for file in mutations.kernel_files()
+        for line in (mutations.CSRC / file).read_text().splitlines()
+    }
+    gone = [entry for entry in mutations.known() if entry[:2] not in lines]
+    assert gone == [], "survivors.md explains lines that are no more"
