@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from emulator import build, mutations
-from emulator.switches import HEADER, RUN_TIME
+import torch
+from emulator import build, instances, mutate, mutations
+from emulator.switches import HEADER, RUN_TIME, Switchboard
+
+INSTANCE = "multifreq-sgd-float32-gradients-float32$"
 
 FUNCTION = """\
 int walk(int a, int b) {
@@ -94,3 +98,27 @@ def test_explained_survivors_are_in_the_sources():
     }
     gone = [entry for entry in mutations.known() if entry[:2] not in lines]
     assert gone == [], "survivors.md explains lines that are no more"
+
+
+def test_kernels_with_switches(emulator, tmp_path):
+    """Off, they are what they were; on, one is noticed; what makes a constant has no switch."""
+    kernel = Path("multifreq/multifreq_cuda.cu")
+    board = Switchboard([kernel])
+    lines = (mutations.CSRC / kernel).read_text().splitlines()
+    in_constants = {n for n, line in enumerate(lines, 1) if line.startswith("constexpr int")}
+    assert in_constants <= {mutant.line for mutant in board.fixed}
+    assert len(board.fixed) < len(board.numbers) / 4
+    numbers = {(m.before.strip(), m.after.strip()): n for n, m in board.live.items()}
+
+    made, bounds = {"plain": board.make("plain")}, tmp_path / "bounds.pt"
+    torch.save({}, bounds)
+    (name,) = (n for n in map(str, instances.instances()) if re.match(INSTANCE, n))
+    found = mutate.survey(made["plain"], [name], bounds, len(board.numbers))
+    judge = mutate.Judge(("multifreq",), made, found, bounds)
+    try:
+        mistake = numbers["p[i] -= pending[i];", ";"]
+        assert judge.judge(mistake, mutate.LEVELS[:1]).startswith("few instances: Assertion")
+        elsewhere = numbers["load(m, tensor.mean + at, live, whole);", ";"]
+        assert judge.judge(elsewhere, mutate.LEVELS[:1]) == mutate.NOT_MET
+    finally:
+        judge.trials.close()

@@ -70,7 +70,7 @@ def _shifted_inputs(*args, **options) -> dict:
 
 
 def _conv(name: str, inputs=testing.conv_inputs, **options) -> Case:
-    make = functools.partial(inputs, tail=True, **options)
+    make = functools.partial(inputs, **{"tail": True, **options})
     return Case("conv", name, hope_ext.causal_conv, make, everything="return_tail")
 
 
@@ -157,6 +157,11 @@ def instances() -> Iterator[Instance]:
         # As many segments as one block has, not one less.
         yield Instance(_conv("whole-block", batch=1, tokens=128, channels=20), dtype, {})
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
+        yield Instance(_conv("one-channel", batch=2, tokens=19, channels=1), dtype, {})
+        for width in (4, 9):  # zeros before the first token
+            yield Instance(
+                _conv(f"no-tail-{width}", width=width, batch=2, tokens=19, tail=False), dtype, {}
+            )
         yield Instance(_conv("shifted", _shifted_inputs, batch=2, tokens=19, channels=8), dtype, {})
 
 

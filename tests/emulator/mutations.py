@@ -198,10 +198,16 @@ def included(source: Path) -> set[Path]:
     return seen
 
 
-def kernels_with(files: Iterable[Path]) -> list[Path]:
-    """The kernels that files are part of."""
+def kernels_with(files: Iterable[Path], match: str = "") -> list[Path]:
+    """The kernels that files are part of, and whose names match."""
     changed = set(files)
-    return [s for s in library.kernels() if changed & included(s.relative_to(CSRC))]
+    kernels = (s for s in library.kernels() if re.search(match, s.name))
+    return [s for s in kernels if changed & included(s.relative_to(CSRC))]
+
+
+def operators_of(kernels: Iterable[Path]) -> tuple[str, ...]:
+    """Of these kernels, as their cases' names begin."""
+    return tuple(sorted({source.parent.name for source in kernels}))
 
 
 def kernel_files() -> list[Path]:

@@ -31,17 +31,20 @@ PLACE = re.compile(r"^(.+?):(\d+):(\d+): +(.*)$", re.MULTILINE)
 class Switchboard:
     """The kernels that some files are part of, in a copy with switches in these files."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        """Args: files: relative to csrc."""
+    def __init__(self, files: Iterable[Path], kernels: str = "") -> None:
+        """Args: files: relative to csrc; kernels: which ones, by their names."""
         self.files = sorted(set(files))
         every = (mutant for file in self.files for mutant in mutations.mutants(file))
         self.numbers = dict(enumerate(every, 1))
         self.live = {n: m for n, m in self.numbers.items() if m.change.switch}
         self.spans: dict[Path, dict[int, list[Span]]] = {}  # of a file's lines
-        self.sources = mutations.kernels_with(self.files)
+        # Those of float16 are what the ones of bfloat16 are.
+        sources = mutations.kernels_with(self.files, kernels)
+        self.sources = [source for source in sources if "_fp16_" not in source.name]
         # Of what is in a precompiled header, the compiler does not say that it was read.
         headers = [file.read_bytes() for file in (HEADER, build.HERE / "cuda_emulator.h")]
-        self.folder = CACHE / _digest("\n".join(map(str, self.files)).encode(), *headers)
+        of = "\n".join(map(str, (*self.files, *self.sources)))
+        self.folder = CACHE / _digest(of.encode(), *headers)
         shutil.copytree(CSRC, self.folder, dirs_exist_ok=True)
         self.options = library.options()
         self.options["flags"] += FLAGS

@@ -87,11 +87,6 @@ STAGES = (
 )
 
 
-def operators_of(files: Iterable[Path]) -> tuple[str, ...]:
-    """The operators that files have a part in, as their cases' names begin."""
-    return tuple(sorted({source.parent.name for source in mutations.kernels_with(files)}))
-
-
 def compiling() -> dict[str, list[str]]:
     """How mutants are compiled."""
     options = library.options()
@@ -99,9 +94,8 @@ def compiling() -> dict[str, list[str]]:
     return options
 
 
-def try_laws(made: Path, files: Iterable[Path], seconds: float, **settings: str) -> str | None:
-    """What the laws find wrong, in a library of `library.make`, or None."""
-    operators = operators_of(files)
+def try_laws(made: Path, operators: Iterable[str], seconds: float, **settings: str) -> str | None:
+    """What the operators' laws find wrong, in a library of `library.make`, or None."""
     names = [name for operator in operators for name in TESTS[operator]]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["-k", f"emulated and ({' or '.join(operators)})"]
@@ -114,8 +108,10 @@ def try_laws(made: Path, files: Iterable[Path], seconds: float, **settings: str)
 class Workshop:
     """Copies of csrc, one for each stage, in which one line at a time is changed."""
 
-    def __init__(self, folder: Path, bounds: Path) -> None:
+    def __init__(self, folder: Path, bounds: Path, kernels: str) -> None:
+        """Args: kernels: which ones, by their names."""
         folder.mkdir(exist_ok=True)
+        self.kernels = kernels
         self.copies, self.bounds_file = {}, bounds
         self.bounds = torch.load(bounds, weights_only=False)
         self.link = [*LINK, *([FAST_LINKER] if build.supports(FAST_LINKER) else [])]
@@ -158,7 +154,7 @@ class Workshop:
 
     def sources(self, stage: Stage, files: Iterable[Path]) -> list[Path]:
         """The kernels that files are part of; none if the stage has nothing of its own to say."""
-        sources = mutations.kernels_with(files)
+        sources = mutations.kernels_with(files, self.kernels)
         if stage.small:
             sources = [s for s in sources if not re.search("_(bf16|fp16)_", s.name)]
         forward = [source for source in sources if "_bwd_" not in source.name]
@@ -190,9 +186,10 @@ class Workshop:
             if before and all(before[s].read_bytes() == o.read_bytes() for s, o in objects.items()):
                 return SAME_CODE
             made = library.make(stage.variant, instead=objects, link=self.link)
+            operators = mutations.operators_of(objects)
             if stage.tests:
-                return try_laws(made, files, stage.seconds)
-            return self.try_instances(made, stage, operators_of(files))
+                return try_laws(made, operators, stage.seconds)
+            return self.try_instances(made, stage, operators)
         finally:
             for source, output in objects.items():
                 if before.get(source) != output:
