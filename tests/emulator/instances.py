@@ -69,6 +69,16 @@ def _shifted_inputs(*args, **options) -> dict:
     return arguments
 
 
+def _shifted_pieces(*args, **options) -> dict:
+    """Of each tensor, another piece begins where four elements cannot be loaded at once."""
+    arguments = testing.multifreq_inputs(*args, **options)
+    pieces = ("params", "grads", "pending", "exp_avgs", "exp_avg_sqs")
+    for i, piece in enumerate(piece for piece in pieces if arguments[piece]):
+        x = arguments[piece][i]
+        arguments[piece][i] = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    return arguments
+
+
 def _conv(name: str, inputs=testing.conv_inputs, **options) -> Case:
     make = functools.partial(inputs, **{"tail": True, **options})
     return Case("conv", name, hope_ext.causal_conv, make, everything="return_tail")
@@ -171,7 +181,16 @@ def _of_optimizers() -> Iterator[Instance]:
         for rows, columns in ((20, 33), (33, 20), (140, 270), (270, 140)):
             sizes = {"batch": (1,), "rows": rows, "columns": columns, "steps": 2}
             yield Instance(_newton_schulz(f"{rows}x{columns}", **sizes), dtype, {}, False)
+        # Several matrices, and both buffers again; the last is made of whole slabs.
+        for rows, columns in ((20, 33), (33, 20), (32, 64)):
+            sizes = {"batch": (3,), "rows": rows, "columns": columns, "steps": 3}
+            yield Instance(_newton_schulz(f"batch-{rows}x{columns}", **sizes), dtype, {}, False)
         for rule in ("adamw", "sgd"):
+            same = {"shapes": [(300,)] * 5, "periods": [1] * 5, "step": 2, "rule": rule}
+            made = _without_derivative(
+                stepped, _shifted_pieces, "multifreq", f"{rule}-unaligned", **same
+            )
+            yield Instance(made, dtype, {}, False)
             for grad_dtype in (torch.float32, torch.bfloat16):
                 name = f"{rule}-{str(grad_dtype).removeprefix('torch.')}-gradients"
                 many = [(n,) for n in (5000, 3, 4099, *range(1, 75))]

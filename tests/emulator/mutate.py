@@ -19,10 +19,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -41,7 +43,7 @@ from emulator.trials import Trial
 from emulator.workshop import ENVIRONMENT, INSTANCES, STAGES, Workshop
 from hope_ext import testing
 
-NOT_MET = "no instance comes there"
+SURVIVES, NOT_MET = "SURVIVES", "no instance comes there"
 
 
 class Level(NamedTuple):
@@ -83,7 +85,6 @@ class Survey(NamedTuple):
 
 def survey(made: Path, names: Iterable[str], bounds: Path, count: int) -> Survey:
     """Runs instances in a library with switches for mutants 1 .. count, all of them off."""
-    found = bounds.with_name("survey.json")
 
     def work() -> None:
         testing.use_emulated(made)
@@ -100,9 +101,11 @@ def survey(made: Path, names: Iterable[str], bounds: Path, count: int) -> Survey
             met[name] = [number for number, mark in enumerate(marks) if mark]
         found.write_text(json.dumps([at_load, seconds, met]))
 
-    if problem := verdict(forked(work, 1200)):
-        raise SystemExit(f"the kernels as they are: {problem}")
-    at_load, seconds, numbers = json.loads(found.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "survey.json")
+        if problem := verdict(forked(work, 1200)):
+            raise SystemExit(f"the kernels as they are: {problem}")
+        at_load, seconds, numbers = json.loads(found.read_text())
     met = defaultdict(list)
     for name in sorted(seconds, key=seconds.get):
         for number in numbers[name]:
@@ -141,12 +144,12 @@ class Judge:
         self.operators, self.made, self.survey = operators, made, found
         self.trials = Trials(made, bounds)
 
-    def judge(self, number: int, levels: Iterable[Level]) -> str | None:
-        """Who catches the mutant, or NOT_MET if nobody and no instance could have, or None."""
+    def judge(self, number: int, levels: Iterable[Level]) -> str:
+        """Who catches the mutant, or SURVIVES, or NOT_MET if no instance could have caught it."""
         for level in levels:
             if problem := self.try_out(number, level):
                 return f"{level.name}: {problem}"
-        return None if self.survey.met[number] else NOT_MET
+        return SURVIVES if self.survey.met[number] else NOT_MET
 
     def try_out(self, number: int, level: Level) -> str | None:
         made, setting = self.made[level.variant], {SETTING: str(number)}
@@ -163,13 +166,22 @@ class Judge:
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def bounds_of(match: str, file: Path) -> list[str]:
-    """The instances that match; leaves what the definitions give for them in a file."""
-    command = [sys.executable, INSTANCES, library.make(), "--bounds", file, "--seeds"]
-    command += ["--match", match]
-    if problem := verdict(within(functools.partial(build.run, command), 1200, ENVIRONMENT)):
-        raise SystemExit(problem)
-    return list(torch.load(file, weights_only=False))
+def bounds_of(operators: tuple[str, ...]) -> Path:
+    """What the definitions give for all instances of these operators; computed once."""
+    sources = [INSTANCES, build.HERE.parent / "laws.py", *build.ROOT.glob("hope_ext/**/*.py")]
+    parts = [*operators, *(hashlib.sha256(s.read_bytes()).hexdigest() for s in sorted(sources))]
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    file = build.CACHE / f"bounds-{name}.pt"
+    if not file.exists():
+        with tempfile.TemporaryDirectory(dir=build.CACHE) as folder:
+            made = Path(folder, "bounds.pt")
+            command = [sys.executable, INSTANCES, library.make(), "--bounds", made, "--seeds"]
+            command += ["--match", f"^({'|'.join(operators)})"]
+            run = functools.partial(build.run, command)
+            if problem := verdict(within(run, 3600, ENVIRONMENT)):
+                raise SystemExit(problem)
+            os.replace(made, file)
+    return file
 
 
 class Worker:
@@ -185,17 +197,17 @@ class Worker:
         cls.kernels, cls.workshop = options.kernels, None
 
     @classmethod
-    def judge(cls, task: tuple[int, Mutant]) -> tuple[Mutant, bool, str | None]:
-        """The mutant, whether there was time for it, and who caught it."""
+    def judge(cls, task: tuple[int, Mutant]) -> tuple[Mutant, bool, str]:
+        """The mutant, whether there was time for it, and who caught it, or SURVIVES or NOT_MET."""
         number, mutant = task
         if time.monotonic() > cls.end:
-            return mutant, False, None
+            return mutant, False, SURVIVES
         if number:
             return mutant, True, cls.judge_of_switches.judge(number, cls.levels)
         if cls.workshop is None:
             folder = Path(tempfile.mkdtemp(dir=cls.folder))
             cls.workshop = Workshop(folder, cls.bounds, cls.kernels)
-        return mutant, True, cls.workshop.judge(mutant, cls.stages)
+        return mutant, True, cls.workshop.judge(mutant, cls.stages) or SURVIVES
 
 
 def parse() -> argparse.Namespace:
@@ -211,8 +223,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switches", action="store_true", help="only what needs no compilation")
     parser.add_argument("--kernels", default="", help="regular expression: in which of csrc's .cu")
     parser.add_argument("--only", type=Path, help="a list of mutants, as a run prints it")
+    parser.add_argument("--resume", type=Path, help="what a run has printed: try the others")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     return parser.parse_args()
+
+
+def earlier(log: Path) -> dict[str, str]:
+    """Mutants that a run has tried, as it names them, and what it said of them."""
+    return dict(re.findall(r"^\[\d+/\d+\] (csrc/.*)\n    (.*)$", log.read_text(), re.MULTILINE))
 
 
 def report(files: list[Path], caught: Counter, survivors: list[tuple[Mutant, str]]) -> None:
@@ -225,7 +243,7 @@ def report(files: list[Path], caught: Counter, survivors: list[tuple[Mutant, str
         print(f"| `{file.name}` | {len(every)} | {caught[file]} | {here} | {rest} |")
     print(f"\n{len(survivors)} survive:")
     for mutant, why in sorted(survivors, key=lambda s: (s[0].file, s[0].line)):
-        print(f"- `{mutant.file.name}`: {mutant.entry}{why and ': ' + why}")
+        print(f"- `{mutant.file.name}`: {mutant.entry}: {why}")
 
 
 def main() -> int:
@@ -248,26 +266,35 @@ def main() -> int:
     made = {variant: board.make(variant) for variant in variants}
     trials.warm_up()
     survivors, caught, tried = [], Counter(), 0
+
+    def judged(mutant: Mutant, who: str) -> None:
+        if who in (SURVIVES, NOT_MET):
+            survivors.append((mutant, who))
+        else:
+            caught[mutant.file] += 1
+
     with tempfile.TemporaryDirectory() as folder:
-        bounds = Path(folder, "bounds.pt")
-        names = bounds_of(f"^({'|'.join(operators)})", bounds)
+        bounds = bounds_of(operators)
+        names = list(torch.load(bounds, weights_only=False))
         found = survey(made["plain"], names, bounds, len(board.numbers))
         fixed = [(0, m) for m in [*board.fixed, *map(board.live.get, found.at_load)] if m in wanted]
         live = [(n, m) for n, m in board.live.items() if m in wanted and n not in found.at_load]
         for part in (live, fixed):
             random.Random(options.seed).shuffle(part)
         todo = live if options.switches else live + fixed
+        before = earlier(options.resume) if options.resume else {}
+        for mutant in wanted:
+            if said := before.get(str(mutant)):
+                judged(mutant, said)
+        todo = [(n, m) for n, m in todo if str(m) not in before]
         start = (Path(folder), bounds, Judge(operators, made, found, bounds), options)
         with multiprocessing.get_context("fork").Pool(options.jobs, Worker.start, start) as pool:
             for mutant, was_tried, who in pool.imap_unordered(Worker.judge, todo):
                 if not was_tried:
                     continue
                 tried += 1
-                if who in (None, NOT_MET):
-                    survivors.append((mutant, who or ""))
-                else:
-                    caught[mutant.file] += 1
-                print(f"[{tried}/{len(todo)}] {mutant}\n    {who or 'SURVIVES'}", flush=True)
+                judged(mutant, who)
+                print(f"[{tried}/{len(todo)}] {mutant}\n    {who}", flush=True)
     report(files, caught, survivors)
     return 0
 
