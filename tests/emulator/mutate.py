@@ -47,21 +47,23 @@ SURVIVES, NOT_MET = "SURVIVES", "no instance comes there"
 
 
 class Level(NamedTuple):
-    """What tries a mutant that is a switch."""
+    """What tries a mutant that is a switch: the fastest of the instances that come to its place."""
 
     name: str
     variant: str = "plain"
-    most: int = 1000  # instances, the fastest first
-    seeds: tuple[int, ...] = (1,)
-    seconds: float = 1  # for everything that takes no time in the kernels as they are
-    times: float = 8  # how much slower than these, in `plain`, a mutant is that does not hang
+    most: int = 1000  # instances
+    budget: float = 1e6  # seconds that they may take in the kernels as they are, in `plain`
+    seed: int = 1
+    seconds: float = 0.5  # for everything that takes no time there
+    times: float = 5  # how much slower than there a mutant is that does not hang
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
 EXACT = ("float32", "bfloat16")
 LEVELS = (
     Level("few instances", most=6),
-    Level("all instances", seeds=(2,)),
+    Level("more instances", budget=2, seed=2),
+    Level("all instances", seed=3),
     Level("address", "address", 4, seconds=30, times=40, dtypes=EXACT),
     Level("races", "races", 3, seconds=60, times=150, dtypes=EXACT),
     Level("nonsense", "address", seconds=600),
@@ -78,9 +80,14 @@ class Survey(NamedTuple):
     met: dict[int, list[str]]  # by mutant: the instances that come to its place, the fastest first
 
     def trial(self, number: int, level: Level) -> Trial:
-        names = [name for name in self.met[number] if name.endswith(level.dtypes)][: level.most]
-        seconds = sum(self.seconds[name] for name in names) * len(level.seeds)
-        return Trial(number, names, list(level.seeds), level.seconds + level.times * seconds)
+        fitting, total = [], 0.0
+        for name in self.met[number]:
+            if name.endswith(level.dtypes) and len(fitting) < level.most:
+                total += self.seconds[name]
+                if fitting and total > level.budget:
+                    break
+                fitting.append(name)
+        return Trial(number, fitting, level.seed, level.seconds + level.times * total)
 
 
 def survey(made: Path, names: Iterable[str], bounds: Path, count: int) -> Survey:
@@ -156,9 +163,7 @@ class Judge:
         if level.name == "laws":
             return workshop.try_laws(made, self.operators, level.seconds, **setting)
         if level.name == "nonsense":
-            command = [sys.executable, build.HERE / "nonsense.py", made, *self.operators]
-            run = functools.partial(build.run, command, level.variant, preload=True)
-            return verdict(within(run, level.seconds, {**ENVIRONMENT, **setting}))
+            return workshop.try_nonsense(made, self.operators, level.seconds, **setting)
         trial = self.survey.trial(number, level)
         return self.trials.run(trial, level.variant) if trial.names else None
 

@@ -25,7 +25,7 @@ from hope_ext import testing
 class Trial(NamedTuple):
     number: int  # of the mutant, 0 for none
     names: list[str]  # instances
-    seeds: list[int]
+    seed: int
     seconds: float
 
 
@@ -48,7 +48,7 @@ def main() -> int:
         def work(trial: Trial = trial) -> None:
             switch(trial.number)
             for name in trial.names:
-                instances.check_one(every[name], trial.seeds, bounds)
+                instances.check_one(every[name], [trial.seed], bounds)
 
         print(json.dumps(forked(work, trial.seconds)), flush=True)
     return 0
