@@ -100,9 +100,9 @@ _newton_schulz = functools.partial(
 _multifreq = functools.partial(_without_derivative, stepped, testing.multifreq_inputs, "multifreq")
 
 
-def _cms(name: str, **options) -> Case:
+def _cms(name: str, everything: str | None = "return_state", **options) -> Case:
     make = functools.partial(testing.cms_inputs, **options)
-    return Case("cms", name, hope_ext.cms_memory, make)
+    return Case("cms", name, hope_ext.cms_memory, make, everything=everything)
 
 
 def instances() -> Iterator[Instance]:
@@ -304,6 +304,7 @@ def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
         )
         # Weights are kept at every third chunk or so: several groups to go over.
         yield Instance(_cms(f"groups-{size}", tokens=23, chunk_size=3), dtype, device)
+        yield Instance(_cms(f"stateless-{size}", everything=None, tokens=37), dtype, device)
     yield Instance(_cms("step", batch=4, tokens=1, positions=[0, 3, 14, 15]), dtype, {}, False)
 
 
