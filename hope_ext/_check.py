@@ -24,6 +24,8 @@ def tensor(
         raise TypeError(
             f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}"
         )
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if device is not None and value.device != device:
         raise ValueError(
             f"{name}: expected a tensor on {device}, like {like}, got one on {value.device}"

@@ -70,7 +70,8 @@ def multi_frequency_step_(
         return
     if rule == "sgd":
         lists = (params, grads, pending, (), ())
-    arguments = (*map(list, lists), list(periods), step, lr, beta1, beta2, eps, weight_decay, rule)
+    numbers = map(float, (lr, beta1, beta2, eps, weight_decay))  # any int, too, however long
+    arguments = (*map(list, lists), list(periods), step, *numbers, rule)
     if _load.use_reference():
         reference.multifreq_(*arguments)
     else:

@@ -52,8 +52,8 @@ def newton_schulz(
     a, b, c = _checked_coefficients(coefficients)
     if not isinstance(steps, int | torch.SymInt) or isinstance(steps, bool):
         raise TypeError(f"steps: expected an integer, 0 or more, got {steps!r}")
-    if steps < 0:
-        raise ValueError(f"steps: expected an integer, 0 or more, got {steps}")
+    if not 0 <= steps < 2**31:
+        raise ValueError(f"steps: expected an integer, 0 or more and below 2**31, got {steps}")
     _check.number("eps", eps)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite number, 0 or more, got {eps}")

@@ -200,7 +200,10 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert run.returncode in (0, 128 + signal.SIGPIPE)  # 0: all fitted into the pipe in time
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["generate"], ["info"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["compare"], ["generate"], ["tokenizer"], ["shards"], ["info"]],
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

@@ -1,5 +1,7 @@
 """The corpus, its split and its order."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,17 @@ def test_the_standard_library_is_split_by_file():
     assert (corpus.train == SEPARATOR).sum() > (corpus.validation == SEPARATOR).sum() > 10
     assert "standard library" in corpus.description
     assert load_corpus().fingerprint == corpus.fingerprint
+
+
+def test_the_fingerprint_of_bytes_is_that_of_the_first_runs(tmp_path):
+    """Runs that began before there were tokenizers can be resumed."""
+    (tmp_path / "a.txt").write_bytes(b"some text " * 40)
+    corpus = load_corpus([str(tmp_path / "a.txt")], window=32)
+    tokens = np.array([256, *b"some text " * 40], np.int16)
+    digest = hashlib.sha256()
+    for side in (tokens[:-33], tokens[-33:]):
+        digest.update(len(side).to_bytes(8, "big") + side.tobytes())
+    assert corpus.fingerprint == digest.hexdigest()
 
 
 def test_the_standard_library_is_its_source_alone(tmp_path, monkeypatch):
@@ -96,7 +109,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_another_order():
     sampler = WindowSampler(tokens, window=10, batch=3, seed=1)
     first, orders = sampler._starts, []
     while sampler.epoch < 2:
-        inputs, targets = sampler.next_batch()
+        inputs, targets, _ = sampler.next_batch()
         assert inputs.dtype == torch.int64
         assert torch.equal(inputs + 1, targets)
         orders += inputs[:, 0].tolist()
@@ -123,10 +136,10 @@ def test_the_sampler_resumes_anywhere():
 def test_validation_windows_are_spread_evenly_and_never_change():
     tokens = torch.arange(1001, dtype=torch.int16)
     batches = list(validation_batches(tokens, window=10, batch=4, limit=100))
-    starts = torch.cat([inputs[:, 0] for inputs, _ in batches])
+    starts = torch.cat([inputs[:, 0] for inputs, *_ in batches])
     assert len(starts) == 10
     assert (starts[0], starts[-1]) == (0, 990)
-    again = torch.cat([inputs[:, 0] for inputs, _ in validation_batches(tokens, 10, 4, 100)])
+    again = torch.cat([inputs[:, 0] for inputs, *_ in validation_batches(tokens, 10, 4, 100)])
     assert torch.equal(starts, again)
     everything = list(validation_batches(tokens, window=10, batch=4, limit=10**9))
-    assert sum(len(inputs) for inputs, _ in everything) == 100
+    assert sum(len(inputs) for inputs, *_ in everything) == 100

@@ -130,9 +130,7 @@ def test_packed_documents_are_each_alone(model, lengths):
 WITH_MEMORY = [name for name in MIXER_CONFIGS if not name.startswith("attention")]
 
 
-@pytest.mark.parametrize("name", [*WITH_MEMORY, *CMS_CONFIGS])
-def test_packed_documents_continue_from_a_state_row_each(name):
-    model = small_model(name)
+def test_packed_documents_continue_from_a_state_row_each(model):
     documents = [random_tokens(1, length, seed=length) for length in (11, 2, 17)]
     cuts = [4, 1, 10]
 
@@ -185,11 +183,22 @@ def test_the_last_tap_is_the_token_itself():
     torch.testing.assert_close(conv(x[:1], cu_seqlens=bounds)[0], x[:1])
 
 
-def test_an_attention_state_does_not_go_with_packed_documents():
-    model = small_model("attention")
-    _, state = model(random_tokens(1, 4), return_state=True)
-    with pytest.raises(ValueError, match="a state or cu_seqlens, not both"):
-        model(random_tokens(1, 4), state, torch.tensor([0, 4], dtype=torch.int32))
+@pytest.mark.parametrize("name", ["attention", "attention, convolution"])
+def test_an_attention_state_without_unused_slots_is_the_same_state(name):
+    model, documents = small_model(name), [random_tokens(1, n, seed=n) for n in (5, 1, 9)]
+    bounds = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    _, state = model(torch.cat(documents, 1), cu_seqlens=bounds, return_state=True)
+    compact = replace(state, layers=tuple(layer.compact() for layer in state.layers))
+    assert [layer.keys.shape[2] for layer in state.layers] == [15, 15]
+    assert [layer.keys.shape[2] for layer in compact.layers] == [9, 9]
+    more = random_tokens(3, 4, seed=3)
+    torch.testing.assert_close(model(more, compact), model(more, state))
+    alone = [
+        model(torch.cat((d, m[None]), 1))[:, -4:] for d, m in zip(documents, more, strict=True)
+    ]
+    torch.testing.assert_close(model(more, compact), torch.cat(alone))
+    with pytest.raises(ValueError, match="state must have 2 rows, one for each text, not 3"):
+        model(random_tokens(1, 4), state, torch.tensor([0, 2, 4], dtype=torch.int32))
 
 
 def test_wrong_input_is_named(model):

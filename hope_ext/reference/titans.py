@@ -123,8 +123,9 @@ class Network:
 
     def normalised(self, core: Tensor) -> tuple[Tensor, Tensor]:
         """(core - mean) / deviation, and 1 / deviation."""
-        scale = (core.var(-1, unbiased=False, keepdim=True) + self.norm_eps).rsqrt()
-        return (core - core.mean(-1, keepdim=True)) * scale, scale
+        centred = core - core.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()
+        return centred * scale, scale
 
     def output(self, x: Tensor, core: Tensor, layers: int) -> Tensor:
         if self.norm_weight is not None:

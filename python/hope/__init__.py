@@ -4,6 +4,7 @@ from hope.checkpoint import load_config, load_model
 from hope.config import (
     AttentionConfig,
     CmsConfig,
+    DataConfig,
     HopeConfig,
     MacConfig,
     MagConfig,
@@ -30,6 +31,7 @@ from hope.layers import (
 )
 from hope.model import LanguageModel, ModelState, parameter_count
 from hope.presets import PRESETS, preset
+from hope.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer, open_tokenizer
 from hope.train import Trainer, TrainingDiverged, TrainResult
 
 __all__ = [
@@ -37,12 +39,15 @@ __all__ = [
     "PRESETS",
     "Attention",
     "AttentionConfig",
+    "ByteTokenizer",
     "CausalConv",
     "CmsConfig",
     "ContinuumMemory",
     "Corpus",
+    "DataConfig",
     "HopeConfig",
     "HopeError",
+    "JsonTokenizer",
     "LanguageModel",
     "MacConfig",
     "MagConfig",
@@ -66,6 +71,8 @@ __all__ = [
     "load_config",
     "load_corpus",
     "load_model",
+    "load_tokenizer",
+    "open_tokenizer",
     "parameter_count",
     "preset",
 ]

@@ -2,7 +2,7 @@
 
 `<run>/checkpoints/step-00000400/` holds `model.safetensors` (the weights), `config.json` (the
 RunConfig) and `trainer.pt` (optimizer, sampler and random state, for `--resume`; not needed to use
-the model).
+the model), and the `tokenizer.json` of a run that does not read bytes.
 """
 
 import json
@@ -20,6 +20,7 @@ from hope.config import RunConfig, from_dict, to_dict
 from hope.errors import HopeError
 from hope.files import atomic_directory
 from hope.model import LanguageModel
+from hope.tokenizers import BYTES, Tokenizer
 
 _MODEL, _CONFIG, _TRAINER = "model.safetensors", "config.json", "trainer.pt"
 
@@ -31,6 +32,7 @@ def save_checkpoint(
     model: LanguageModel,
     trainer: dict[str, Any],
     keep: int,
+    tokenizer: Tokenizer = BYTES,
 ) -> Path:
     """Writes the checkpoint of `step`, removes all but the newest `keep`; returns its directory."""
     path = run / "checkpoints" / f"step-{step:08d}"
@@ -38,6 +40,7 @@ def save_checkpoint(
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, directory / _MODEL)
         (directory / _CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        tokenizer.save(directory)
         torch.save(trainer, directory / _TRAINER)
     for old in _checkpoints(run)[:-keep]:
         shutil.rmtree(old)

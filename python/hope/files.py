@@ -1,5 +1,6 @@
 """Writing files so that a kill at any moment leaves the old content or the new, never a part."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -27,12 +28,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """The same for a new directory; `path` must not exist."""
+def atomic_directory(path: Path, *, alone: bool = True) -> Iterator[Path]:
+    """The same for a new directory; `path` must not exist, or be empty.
+
+    What a killed process left is removed: all of it beside `path`, or, where this process is not
+    `alone` to write there, what was to be `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(_TEMPORARY + "*"):  # of a killed process
+    prefix = f"{_TEMPORARY}{path.name}-"
+    for leftover in path.parent.glob((_TEMPORARY if alone else glob.escape(prefix)) + "*"):
         shutil.rmtree(leftover)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())

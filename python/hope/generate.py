@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from hope.data import SEPARATOR, VOCAB_SIZE
 from hope.errors import HopeError
 from hope.model import LanguageModel
+from hope.tokenizers import BYTES, Tokenizer
 
 
 @torch.inference_mode()
@@ -20,14 +20,16 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int | None = None,
+    tokenizer: Tokenizer = BYTES,
 ) -> Iterator[int]:
-    """Yields up to `length` bytes that continue `prompt`; fewer where the model ends the document.
+    """Yields up to `length` tokens (with the default tokenizer: bytes) that continue `prompt`;
+    fewer where the model ends the document. `decode` makes text of them.
 
     The prompt is read in one chunked forward pass; every further token costs one step from the
     carried state, which for a memory takes the same time and space however long the text is.
 
-    temperature: 0 takes the likeliest byte. top_k: sample among the k likeliest. seed: makes the
-    text repeatable.
+    temperature: 0 takes the likeliest token. top_k: sample among the k likeliest. seed: makes the
+    text repeatable. tokenizer: the one that the model was trained with (hope.load_tokenizer).
     """
     if length < 0:
         raise HopeError(f"length must be at least 0, not {length}")
@@ -42,12 +44,17 @@ def generate(
     else:
         random.manual_seed(seed)
     text = prompt.encode() if isinstance(prompt, str) else prompt
-    tokens = torch.tensor([[SEPARATOR, *text]], device=device)
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise HopeError(
+            f"tokenizer has {tokenizer.vocab_size:,} tokens, but the model knows "
+            f"{model.config.vocab_size:,}: it was trained with another"
+        )
+    tokens = torch.tensor([[tokenizer.separator, *tokenizer.encode(text).tolist()]], device=device)
     state = None
     for _ in range(length):
         logits, state = model(tokens, state, return_state=True)
-        token = _choose(logits[0, -1, :VOCAB_SIZE], temperature, top_k, random)
-        if token == SEPARATOR:
+        token = _choose(logits[0, -1, : tokenizer.vocab_size], temperature, top_k, random)
+        if token == tokenizer.separator:
             return
         yield int(token)
         tokens = token.view(1, 1)
@@ -67,11 +74,11 @@ def _choose(
     return torch.multinomial(probabilities, 1, generator=random)[0]
 
 
-def decode(tokens: Iterable[int]) -> Iterator[str]:
-    """The text of a stream of bytes, as soon as it is complete; wrong UTF-8 becomes U+FFFD."""
+def decode(tokens: Iterable[int], tokenizer: Tokenizer = BYTES) -> Iterator[str]:
+    """The text of a stream of tokens, as soon as it is complete; wrong UTF-8 becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
-        if piece := decoder.decode(bytes([token])):
+        if piece := decoder.decode(tokenizer.decode([token])):
             yield piece
     if piece := decoder.decode(b"", final=True):
         yield piece

@@ -1,6 +1,8 @@
 """The language model: embedding, blocks of a mixer and an MLP or CMS, tied head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from hope.config import ModelConfig
-from hope.layers import MIXERS, CmsStates, ContinuumMemory, MixerState, make_mlp
+from hope.layers import MIXERS, AttentionState, CmsStates, ContinuumMemory, MixerState, make_mlp
 
 
 @dataclass
@@ -28,6 +30,16 @@ class ModelState:
             tuple(layer.detach() for layer in self.layers),
             tuple(tuple(level.detach() for level in levels) for levels in self.cms),
         )
+
+    def compact(self) -> "ModelState":
+        """The same state after packed documents, without the slots of attention's that they leave.
+
+        Waits for the device. (Nothing else grows with a text, or leaves anything.)
+        """
+        layers = (
+            layer.compact() if isinstance(layer, AttentionState) else layer for layer in self.layers
+        )
+        return ModelState(tuple(layers), self.cms)
 
 
 register_dataclass(ModelState)
@@ -117,6 +129,22 @@ class LanguageModel(nn.Module):
         return_state: also returns the state after the last token. Raises ValueError on a wrong
         shape or state.
         """
+        x, state = self.features(tokens, state, cu_seqlens)
+        logits = self.head(x)
+        return (logits, state) if return_state else logits
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        call: Callable[..., Any] | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """What the head reads, [B, T, dim], and the state after the last token; as `forward`.
+
+        call: calls a block, `call(block, *its arguments)`, such as torch.utils.checkpoint.
+        """
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
             got = f"{tuple(tokens.shape)} {tokens.dtype}"
             raise ValueError(f"tokens must be [B, T] int64 with T >= 1, not {got}")
@@ -131,15 +159,23 @@ class LanguageModel(nn.Module):
             carried = list(zip(state.layers, state.cms, strict=True))
         layers, cms = [], []
         for block, before in zip(self.blocks, carried, strict=True):
-            x, layer, levels = block(x, *before, cu_seqlens)
+            arguments = (x, *before, cu_seqlens)
+            x, layer, levels = block(*arguments) if call is None else call(block, *arguments)
             layers.append(layer)
             cms.append(levels)
-        logits = F.linear(self.norm(x), self.embedding.weight).float()
-        return (logits, ModelState(tuple(layers), tuple(cms))) if return_state else logits
+        return self.norm(x), ModelState(tuple(layers), tuple(cms))
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., vocab_size] in float32 of features [..., dim]."""
+        return F.linear(x, self.embedding.weight).float()
+
+    def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mean negative log-likelihood in nats of targets [B, T] int64, a scalar.
+
+        Targets of -100 are left out. cu_seqlens: of packed documents, as in `forward`.
+        """
+        logits = self(tokens, cu_seqlens=cu_seqlens)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from hope.checkpoint import find_checkpoint, load_trainer, load_weights, save_checkpoint
 from hope.config import RunConfig, TrainConfig
-from hope.data import SEPARATOR, VOCAB_SIZE, Corpus, WindowSampler, validation_batches
+from hope.data import IGNORED, Batch, Corpus, Tokens, training_sampler, validation_batches
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.generate import decode, generate
@@ -32,6 +32,7 @@ from hope.layers import ContinuumMemory
 from hope.model import LanguageModel
 from hope.optim import MultiFrequency
 from hope.plot import plot_loss
+from hope.tokenizers import BYTES, Tokenizer
 
 _LN2 = math.log(2)
 
@@ -94,21 +95,42 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 @torch.no_grad()
-def bits_per_byte(model: LanguageModel, tokens: Tensor, config: TrainConfig) -> float:
+def bits_per_byte(
+    model: LanguageModel,
+    tokens: Tokens,
+    config: TrainConfig,
+    tokenizer: Tokenizer = BYTES,
+    *,
+    packed: bool = False,
+) -> float:
     """The mean code length of a byte under the model, over fixed windows read from a fresh state.
 
     A document's end has to be coded too: its nats count, while only bytes are divided by.
     """
     device = model.embedding.weight.device
     nats, count = 0.0, 0
-    batches = validation_batches(tokens, config.sequence, config.batch, config.validation_tokens)
-    for inputs, targets in batches:
+    batches = validation_batches(
+        tokens,
+        config.sequence,
+        config.batch,
+        config.validation_tokens,
+        packed=packed,
+        separator=tokenizer.separator,
+    )
+    for batch in batches:
+        inputs, targets, cu_seqlens = batch.to(device)
         with autocast(device, config):
-            logits = model(inputs.to(device))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum")
+            logits = model(inputs, cu_seqlens=cu_seqlens)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         nats += loss.item()
-        count += int((targets != SEPARATOR).sum())
+        count += target_bytes(batch, tokenizer)
     return nats / count / _LN2
+
+
+def target_bytes(batch: Batch, tokenizer: Tokenizer) -> int:
+    """How many bytes of text the targets of a batch (on the CPU) are."""
+    targets = batch.targets[batch.targets != IGNORED]
+    return int(tokenizer.byte_counts[targets].sum())
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
@@ -136,9 +158,11 @@ class Trainer:
     ) -> None:
         self.config, self.corpus, self.out = config, corpus, out
         self.device = torch.device(device)
-        if config.model.vocab_size < VOCAB_SIZE:
-            got = config.model.vocab_size
-            raise HopeError(f"model.vocab_size must be at least {VOCAB_SIZE} for bytes, not {got}")
+        needed, got = corpus.tokenizer.vocab_size, config.model.vocab_size
+        if got < needed:
+            raise HopeError(
+                f"model.vocab_size must be at least {needed} for {corpus.tokenizer.name}, not {got}"
+            )
         checkpoint = find_checkpoint(out) if resume else None
         if checkpoint is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise HopeError(
@@ -149,7 +173,7 @@ class Trainer:
         self.model = LanguageModel(config.model).to(self.device)
         self.loss = torch.compile(self.model.loss) if train.compile else self.model.loss
         self.optimizer = make_optimizer(self.model, train)
-        self.sampler = WindowSampler(corpus.train, train.sequence, train.batch, train.seed)
+        self.sampler = training_sampler(corpus, train, packed=config.data.packed)
         self.step, self.seconds = 0, 0.0
         self.validation: float | None = None
         self.metrics = out / "metrics.jsonl"
@@ -206,12 +230,15 @@ class Trainer:
         rate = learning_rate(train, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs, targets = self.sampler.next_batch()
+        batch = self.sampler.next_batch()
         with autocast(self.device, train):
-            loss = self.loss(inputs.to(self.device), targets.to(self.device))
+            loss = self.loss(*batch.to(self.device))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
-        values = {"train_bits_per_byte": loss.item() / _LN2, "gradient_norm": norm.item()}
+        # Of the text in the batch: a separator costs nats, too, but is no byte.
+        tokens = int((batch.targets != IGNORED).sum())
+        nats = loss.item() * tokens / max(1, target_bytes(batch, self.corpus.tokenizer))
+        values = {"train_bits_per_byte": nats / _LN2, "gradient_norm": norm.item()}
         if not all(math.isfinite(value) for value in values.values()):
             raise TrainingDiverged(self._divergence(values, rate))
         self.optimizer.step()
@@ -241,7 +268,10 @@ class Trainer:
 
     def _validate(self) -> float:
         self.model.eval()
-        value = bits_per_byte(self.model, self.corpus.validation, self.config.train)
+        corpus, packed = self.corpus, self.config.data.packed
+        value = bits_per_byte(
+            self.model, corpus.validation, self.config.train, corpus.tokenizer, packed=packed
+        )
         self.model.train()
         return value
 
@@ -256,7 +286,8 @@ class Trainer:
             "random": torch.get_rng_state(),
         }
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.out, self.step, self.config, self.model, state, keep)
+        tokenizer = self.corpus.tokenizer
+        save_checkpoint(self.out, self.step, self.config, self.model, state, keep, tokenizer)
         self._saved_at = self.step
 
     def _load(self, checkpoint: Path) -> None:
@@ -285,7 +316,10 @@ class Trainer:
         sample = None
         if received is None:
             self.model.eval()
-            sample = "".join(decode(generate(self.model, seed=self.config.train.seed)))
+            seed, tokenizer = self.config.train.seed, self.corpus.tokenizer
+            sample = "".join(
+                decode(generate(self.model, seed=seed, tokenizer=tokenizer), tokenizer)
+            )
             files["sample"] = self.out / "sample.txt"
             with atomic_file(files["sample"]) as path:
                 path.write_text(sample)

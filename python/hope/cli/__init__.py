@@ -6,11 +6,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hope.cli import compare, evaluate, generate, info, train
+from hope.cli import compare, evaluate, generate, info, shards, tokenizer, train
 from hope.errors import HopeError
 from hope.train import TrainingDiverged
 
-_COMMANDS = (train, compare, evaluate, generate, info)
+_COMMANDS = (train, compare, evaluate, generate, tokenizer, shards, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,7 +71,8 @@ def _run(options: argparse.Namespace) -> int:
     corpus = load_corpus(configs[0].data, window=train.sequence)
     comparison = Comparison(configs, corpus, out, device, resume=options.resume)
     print(f"data   {corpus.description}")
-    print(f"budget {train.steps * train.tokens_per_step:,} bytes for each, on {device}")
+    unit = corpus.tokenizer.unit
+    print(f"budget {train.steps * train.tokens_per_step:,} {unit} for each, on {device}")
     print(f"out    {out}", flush=True)
     stopped = comparison.run()
     if stopped is not None:

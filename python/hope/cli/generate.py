@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from hope.checkpoint import load_model
+from hope.checkpoint import find_checkpoint, load_model
 from hope.cli.options import Commands, add_device
 from hope.device import choose_device
 from hope.generate import decode, generate
+from hope.tokenizers import load_tokenizer
 
 
 def add(commands: Commands) -> None:
@@ -26,16 +27,19 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--prompt", default="", help="text to continue (default: none)")
     parser.add_argument(
-        "--length", type=int, default=400, help="how many bytes at most (default: %(default)s)"
+        "--length",
+        type=int,
+        default=400,
+        help="how many tokens (bytes) at most (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
-        help="0: always the likeliest byte; higher: more varied (default: %(default)s)",
+        help="0: always the likeliest token; higher: more varied (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, help="choose among the K likeliest bytes (default: all)"
+        "--top-k", type=int, help="choose among the K likeliest tokens (default: all)"
     )
     parser.add_argument(
         "--seed", type=int, help="the same seed writes the same text (default: random)"
@@ -45,7 +49,9 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    model = load_model(options.run, choose_device(options.device))
+    checkpoint = find_checkpoint(options.run)
+    model = load_model(checkpoint, choose_device(options.device))
+    tokenizer = load_tokenizer(checkpoint)
     tokens = generate(
         model,
         options.prompt,
@@ -53,9 +59,10 @@ def _run(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         seed=options.seed,
+        tokenizer=tokenizer,
     )
     print(options.prompt, end="", flush=True)
-    for piece in decode(tokens):
+    for piece in decode(tokens, tokenizer):
         print(piece, end="", flush=True)
     print()
     return 0

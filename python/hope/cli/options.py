@@ -5,11 +5,41 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hope.config import RunConfig, override, to_dict
+from hope.config import DataConfig, RunConfig, override, to_dict
+from hope.data import corpus_tokenizer
 from hope.errors import HopeError
 
 Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _RUNS = Path("runs")
+_SOURCES = "files, directories, globs, .jsonl, .parquet, data sets"
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The options that say where documents are."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help=f"text: {_SOURCES} (default: Python's standard library)",
+    )
+    parser.add_argument(
+        "--field",
+        default=DataConfig.field,
+        help="where JSON lines, Parquet files and data sets hold it (default: %(default)s)",
+    )
+
+
+def source(options: argparse.Namespace) -> DataConfig:
+    return DataConfig(paths=tuple(options.data), field=options.field)
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="a tokenizer.json, as hope tokenizer writes it (default: bytes)",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +48,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="PATH",
-        help="text to train on: files, directories, globs (default: Python's standard library)",
+        help=f"text to train on: {_SOURCES}, shards (default: Python's standard library)",
     )
+    add_tokenizer(parser)
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--tokens", type=positive, help="how many bytes of text to train on")
+    budget.add_argument("--tokens", type=positive, help="how many tokens (bytes) to train on")
     budget.add_argument("--steps", type=positive, help="the same, in optimizer steps")
     parser.add_argument(
         "--set",
@@ -60,9 +91,23 @@ def configured(options: argparse.Namespace, config: RunConfig) -> RunConfig:
     if options.steps is not None:
         tokens = options.steps * config.train.tokens_per_step
         config = override(config, [f"train.tokens={tokens}"])
+    data = config.data
     if options.data is not None:
-        config = dataclasses.replace(config, data=tuple(options.data))
+        data = dataclasses.replace(data, paths=tuple(options.data))
+    if options.tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=options.tokenizer)
+    config = dataclasses.replace(config, data=data)
+    if not any(assignment.startswith("model.vocab_size=") for assignment in options.set):
+        config = _with_vocabulary(config)
     return config
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    """`config` with a vocabulary, a multiple of 8, that the tokenizer of its data fits into."""
+    needed = corpus_tokenizer(config.data).vocab_size
+    if needed <= config.model.vocab_size:
+        return config
+    return override(config, [f"model.vocab_size={needed + -needed % 8}"])
 
 
 def refuse_changes(saved: RunConfig, asked: RunConfig) -> None:

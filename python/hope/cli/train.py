@@ -29,14 +29,15 @@ def add(commands: Commands) -> None:
         "train",
         help="train a model on text",
         description=(
-            "Trains a byte-level language model. Without options: the tiny HOPE model, on the\n"
-            "source of Python's standard library. Ctrl-C stops after the current step, with a\n"
-            "checkpoint that --resume continues from."
+            "Trains a language model on bytes, or on a tokenizer's tokens. Without options: the\n"
+            "tiny HOPE model, on the source of Python's standard library. Ctrl-C stops after the\n"
+            "current step, with a checkpoint that --resume continues from."
         ),
         epilog=(
             "examples:\n"
             "  hope train                                 hope-tiny on Python's own source\n"
             "  hope train --data book.txt notes/          your text: files, directories, globs\n"
+            "  hope train --data a.jsonl --set data.packed=true --tokenizer tokenizer.json\n"
             "  hope train --preset tiny                   the Titans model\n"
             "  hope train --preset tiny-transformer       the Transformer to compare with\n"
             "  hope train --steps 100 --set model.dim=192 --set train.lr=2e-3\n"
@@ -79,18 +80,19 @@ def _run(options: argparse.Namespace) -> int:
         out = options.out or new_run(config.preset)
     train = config.train
     corpus = load_corpus(config.data, window=train.sequence)
+    unit = corpus.tokenizer.unit
     trainer = Trainer(config, corpus, out, device, resume=options.resume)
     millions = parameter_count(config.model) / 1e6
     print(f"model  {config.preset}: {millions:.2f} M parameters, on {device}")
     print(f"data   {corpus.description}")
     print(
-        f"budget {train.steps:,} steps of {train.tokens_per_step:,} bytes "
+        f"budget {train.steps:,} steps of {train.tokens_per_step:,} {unit} "
         f"({train.steps * train.tokens_per_step:,} in all)"
     )
     start = f", continued after step {trainer.step:,}" if options.resume else ""
     print(f"out    {out}{start}", flush=True)
     result = trainer.run()
-    _report(result, out)
+    _report(result, out, unit)
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -103,9 +105,9 @@ def _resumed_config(options: argparse.Namespace, out: Path) -> RunConfig:
     return saved
 
 
-def _report(result: TrainResult, out: Path) -> None:
+def _report(result: TrainResult, out: Path, unit: str) -> None:
     minutes, seconds = divmod(round(result.seconds), 60)
-    after = f"after {result.tokens:,} bytes, {minutes} min {seconds} s of training"
+    after = f"after {result.tokens:,} {unit}, {minutes} min {seconds} s of training"
     if result.validation_bits_per_byte is not None:
         print(f"\nvalidation: {result.validation_bits_per_byte:.4f} bits per byte {after}")
     if result.sample is not None:

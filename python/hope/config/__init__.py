@@ -17,12 +17,13 @@ from hope.config.mixers import (
     TitansConfig,
 )
 from hope.config.model import CmsConfig, ModelConfig
-from hope.config.run import RunConfig, TrainConfig
+from hope.config.run import DataConfig, RunConfig, TrainConfig
 
 __all__ = [
     "MIXER_KINDS",
     "AttentionConfig",
     "CmsConfig",
+    "DataConfig",
     "HopeConfig",
     "MacConfig",
     "MagConfig",

@@ -45,6 +45,8 @@ def _parse(hint: Any, value: Any, path: str) -> Any:
     if hint == MixerConfig:
         return _parse_mixer(value, path)
     if dataclasses.is_dataclass(hint):
+        if hasattr(hint, "short") and not isinstance(value, Mapping):
+            value = {hint.short: _parse(typing.get_type_hints(hint)[hint.short], value, path)}
         return from_dict(hint, value, path)  # type: ignore[type-var]
     if typing.get_origin(hint) is tuple:
         kind, plural = (int, "integers") if int in typing.get_args(hint) else (str, "strings")

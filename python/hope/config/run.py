@@ -1,6 +1,7 @@
 """How a model is trained, and on what."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hope.config.check import choose, require
 from hope.config.model import ModelConfig
@@ -61,16 +62,37 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything a training run depends on; written into every checkpoint.
+class DataConfig:
+    """What a model is trained on, and how it is cut. A list in the JSON form is `paths`.
 
-    data: files, directories or glob patterns; empty: the source of Python's standard library.
+    paths: files, directories, glob patterns, shards, data sets (docs/data.md); empty: the source of
+    Python's standard library.
+    tokenizer: a tokenizer.json; None: bytes, or what shards were made with.
+    field: where JSON lines, Parquet files and data sets hold the text.
+    packed: no memory passes from one document to the next; False: windows of the text, in which
+    separators alone part the documents.
     """
+
+    short: ClassVar[str] = "paths"  # the field that is meant where no field is named
+
+    paths: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    field: str = "text"
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.tokenizer != "", "tokenizer", "the path of a tokenizer.json or null", "")
+        require(self.field != "", "field", "the name of a field", "")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run depends on; written into every checkpoint."""
 
     preset: str = "custom"
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    data: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         periods, cms = self.train.level_periods, self.model.cms

@@ -35,6 +35,7 @@ __all__ = [
     "MIXERS",
     "MLP",
     "Attention",
+    "AttentionState",
     "CausalConv",
     "CmsStates",
     "ContinuumMemory",
