@@ -149,22 +149,29 @@ class Judge:
         self, operators: tuple[str, ...], made: dict[str, Path], found: Survey, bounds: Path
     ) -> None:
         self.operators, self.made, self.survey = operators, made, found
-        self.trials = Trials(made, bounds)
+        self.trials, self.passed = Trials(made, bounds), set()
 
     def judge(self, number: int, levels: Iterable[Level]) -> str:
-        """Who catches the mutant, or SURVIVES, or NOT_MET if no instance could have caught it."""
+        """Who catches the mutant, or SURVIVES, or NOT_MET if no instance could have caught it.
+
+        Raises RuntimeError if what catches it also objects to the kernels as they are.
+        """
         for level in levels:
-            if problem := self.try_out(number, level):
+            trial = self.survey.trial(number, level)
+            if problem := self.try_out(trial, level):
+                key = level.name, *trial.names
+                if key not in self.passed and (other := self.try_out(trial.off(), level)):
+                    raise RuntimeError(f"the kernels as they are: {level.name}: {other}")
+                self.passed.add(key)
                 return f"{level.name}: {problem}"
         return SURVIVES if self.survey.met[number] else NOT_MET
 
-    def try_out(self, number: int, level: Level) -> str | None:
-        made, setting = self.made[level.variant], {SETTING: str(number)}
+    def try_out(self, trial: Trial, level: Level) -> str | None:
+        made, setting = self.made[level.variant], {SETTING: str(trial.number)}
         if level.name == "laws":
             return workshop.try_laws(made, self.operators, level.seconds, **setting)
         if level.name == "nonsense":
             return workshop.try_nonsense(made, self.operators, level.seconds, **setting)
-        trial = self.survey.trial(number, level)
         return self.trials.run(trial, level.variant) if trial.names else None
 
 
@@ -212,6 +219,7 @@ class Worker:
         if cls.workshop is None:
             folder = Path(tempfile.mkdtemp(dir=cls.folder))
             cls.workshop = Workshop(folder, cls.bounds, cls.kernels)
+            cls.workshop.check(cls.stages, mutant.file)
         return mutant, True, cls.workshop.judge(mutant, cls.stages) or SURVIVES
 
 
@@ -228,14 +236,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switches", action="store_true", help="only what needs no compilation")
     parser.add_argument("--kernels", default="", help="regular expression: in which of csrc's .cu")
     parser.add_argument("--only", type=Path, help="a list of mutants, as a run prints it")
-    parser.add_argument("--resume", type=Path, help="what a run has printed: try the others")
+    parser.add_argument(
+        "--resume", type=Path, help="what a run has printed: try what it has not caught"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     return parser.parse_args()
 
 
 def earlier(log: Path) -> dict[str, str]:
-    """Mutants that a run has tried, as it names them, and what it said of them."""
-    return dict(re.findall(r"^\[\d+/\d+\] (csrc/.*)\n    (.*)$", log.read_text(), re.MULTILINE))
+    """Mutants that a run has caught, as it names them, and who did."""
+    tried = re.findall(r"^\[\d+/\d+\] (csrc/.*)\n    (.*)$", log.read_text(), re.MULTILINE)
+    return {mutant: who for mutant, who in tried if who not in (SURVIVES, NOT_MET)}
 
 
 def report(files: list[Path], caught: Counter, survivors: list[tuple[Mutant, str]]) -> None:

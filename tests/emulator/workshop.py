@@ -139,6 +139,12 @@ class Workshop:
 
                 source.write_text(re.sub(others, lines, source.read_text()))
 
+    def check(self, stages: Iterable[Stage], file: Path) -> None:
+        """Raises RuntimeError if a stage objects to the kernels, of which a file is part."""
+        for stage in stages:
+            if self.sources(stage, [file]) and (problem := self.try_out(stage, [file])):
+                raise RuntimeError(f"the kernels as they are: {stage.name}: {problem}")
+
     def judge(self, mutant: Mutant, stages: Iterable[Stage] = STAGES) -> str | None:
         """Who catches the mutant, or None."""
         for stage in stages:
