@@ -12,6 +12,7 @@ definitions give is kept in FILE, since sanitizers slow Python down; without see
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import re
@@ -100,13 +101,33 @@ _newton_schulz = functools.partial(
 _multifreq = functools.partial(_without_derivative, stepped, testing.multifreq_inputs, "multifreq")
 
 
-def _cms(name: str, everything: str | None = "return_state", **options) -> Case:
+def _cms(name: str, **options) -> Case:
     make = functools.partial(testing.cms_inputs, **options)
-    return Case("cms", name, hope_ext.cms_memory, make, everything=everything)
+    return Case("cms", name, hope_ext.cms_memory, make)
+
+
+def _alone(case: Case) -> Iterator[Instance]:
+    """Where nobody wants, or gives a gradient for, the final state; or only for that."""
+    output = dataclasses.replace(case, name=f"{case.name}-output", everything=None)
+    yield Instance(output, torch.float32, {})
+
+    def state(**arguments) -> object:
+        return case.function(**arguments)[1]
+
+    of_state = dataclasses.replace(case, name=f"{case.name}-state", function=state)
+    yield Instance(of_state, torch.float32, {})
 
 
 def instances() -> Iterator[Instance]:
     yield from _of_optimizers()
+    for width in (4, 9):
+        yield from _alone(_conv(f"alone-{width}", width=width, batch=2, tokens=19, channels=8))
+    one = {"batch": 1, "heads": 1, "tokens": 20}
+    for kind, hidden in (("linear", None), ("deep", 32)):
+        size = {"key": 32, "value": 32, "hidden": hidden}
+        yield from _alone(_titans(f"{kind}-alone-32x32", **one, **size))
+        yield from _alone(_selfmod(f"{kind}-alone", **one, hidden=hidden))
+    yield from _alone(_cms("alone", tokens=37))
     for dtype in NARROW:
         for key, value, other, way in (
             (16, 64, 16, {}),
@@ -302,9 +323,10 @@ def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
             dtype,
             device,
         )
+        # As many chunks as so many tokens can have.
+        yield Instance(_cms(f"chunks-{size}", tokens=18, positions=[15, 0]), dtype, device)
         # Weights are kept at every third chunk or so: several groups to go over.
         yield Instance(_cms(f"groups-{size}", tokens=23, chunk_size=3), dtype, device)
-        yield Instance(_cms(f"stateless-{size}", everything=None, tokens=37), dtype, device)
     yield Instance(_cms("step", batch=4, tokens=1, positions=[0, 3, 14, 15]), dtype, {}, False)
 
 
