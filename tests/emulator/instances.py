@@ -323,7 +323,13 @@ def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
             dtype,
             device,
         )
-        # As many chunks as so many tokens can have.
+        # Nothing but whole tiles; one chunk; as many chunks as so many tokens can have.
+        yield Instance(
+            _cms(f"whole-{size}", **one, tokens=70, dim=64, hidden=128, chunk_size=64),
+            dtype,
+            device,
+        )
+        yield Instance(_cms(f"one-chunk-{size}", tokens=9), dtype, device)
         yield Instance(_cms(f"chunks-{size}", tokens=18, positions=[15, 0]), dtype, device)
         # Weights are kept at every third chunk or so: several groups to go over.
         yield Instance(_cms(f"groups-{size}", tokens=23, chunk_size=3), dtype, device)
