@@ -323,16 +323,13 @@ def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
             dtype,
             device,
         )
-        # Nothing but whole tiles; one chunk; as many chunks as so many tokens can have.
-        yield Instance(
-            _cms(f"whole-{size}", **one, tokens=70, dim=64, hidden=128, chunk_size=64),
-            dtype,
-            device,
-        )
-        yield Instance(_cms(f"one-chunk-{size}", tokens=9), dtype, device)
-        yield Instance(_cms(f"chunks-{size}", tokens=18, positions=[15, 0]), dtype, device)
         # Weights are kept at every third chunk or so: several groups to go over.
         yield Instance(_cms(f"groups-{size}", tokens=23, chunk_size=3), dtype, device)
+    # Nothing but whole tiles; one chunk; as many chunks as so many tokens can have.
+    whole = {"tokens": 70, "dim": 64, "hidden": 128, "chunk_size": 64}
+    yield Instance(_cms("whole", **one, **whole), dtype, IDLE)
+    yield Instance(_cms("one-chunk", tokens=9), dtype, IDLE)
+    yield Instance(_cms("most-chunks", tokens=18, positions=[15, 0]), dtype, IDLE)
     yield Instance(_cms("step", batch=4, tokens=1, positions=[0, 3, 14, 15]), dtype, {}, False)
 
 
