@@ -127,7 +127,7 @@ def instances() -> Iterator[Instance]:
         size = {"key": 32, "value": 32, "hidden": hidden}
         yield from _alone(_titans(f"{kind}-alone-32x32", **one, **size))
         yield from _alone(_selfmod(f"{kind}-alone", **one, hidden=hidden))
-    yield from _alone(_cms("alone", tokens=37))
+    yield from _alone(_cms("alone", tokens=20))
     for dtype in NARROW:
         for key, value, other, way in (
             (16, 64, 16, {}),
@@ -325,10 +325,13 @@ def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
         )
         # Weights are kept at every third chunk or so: several groups to go over.
         yield Instance(_cms(f"groups-{size}", tokens=23, chunk_size=3), dtype, device)
-    # Nothing but whole tiles; one chunk; as many chunks as so many tokens can have.
+    # Nothing but whole tiles; one chunk, and as many as so many tokens can have.
     whole = {"tokens": 70, "dim": 64, "hidden": 128, "chunk_size": 64}
     yield Instance(_cms("whole", **one, **whole), dtype, IDLE)
     yield Instance(_cms("one-chunk", tokens=9), dtype, IDLE)
+    # The first sequence is empty, the last has few of the chunks; all begin with the same weights.
+    packed = {"tokens": 23, "chunk_size": 3, "bounds": [0, 0, 20, 23]}
+    yield Instance(_cms("empty-first", **one, **packed), dtype, IDLE)
     yield Instance(_cms("most-chunks", tokens=18, positions=[15, 0]), dtype, IDLE)
     yield Instance(_cms("step", batch=4, tokens=1, positions=[0, 3, 14, 15]), dtype, {}, False)
 
