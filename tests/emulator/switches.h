@@ -33,18 +33,18 @@ struct Left {
     A&& a;
     int n;
 };
-#define MUTANT_OPERATOR(Name, OP, OTHER)                           \
-    struct Name {                                                  \
-        int n;                                                     \
-        constexpr explicit Name(int number) : n(number) {}         \
-    };                                                             \
-    template <class A>                                             \
-    constexpr Left<Name, A> operator OP(A&& a, Name name) {        \
-        return {std::forward<A>(a), name.n};                       \
-    }                                                              \
-    template <class A, class B>                                    \
-    constexpr auto operator OP(Left<Name, A> left, B&& b) {        \
-        return on(left.n) ? (left.a OTHER b) : (left.a OP b);      \
+#define MUTANT_OPERATOR(Name, OP, OTHER)                      \
+    struct Name {                                             \
+        int n;                                                \
+        constexpr explicit Name(int number) : n(number) {}    \
+    };                                                        \
+    template <class A>                                        \
+    constexpr Left<Name, A> operator OP(A&& a, Name name) {   \
+        return {std::forward<A>(a), name.n};                  \
+    }                                                         \
+    template <class A, class B>                               \
+    constexpr auto operator OP(Left<Name, A> left, B&& b) {   \
+        return on(left.n) ? (left.a OTHER b) : (left.a OP b); \
     }
 MUTANT_OPERATOR(Less, <, <=)
 MUTANT_OPERATOR(LessEqual, <=, <)
@@ -61,35 +61,39 @@ struct Right {
     B&& b;
     int n;
 };
-#define MUTANT_ASSIGNMENT(Name, OP, OTHER)                            \
-    struct Name {                                                     \
-        int n;                                                        \
-        constexpr explicit Name(int number) : n(number) {}            \
-    };                                                                \
-    template <class B>                                                \
-    constexpr Right<Name, B> operator OP(Name name, B&& b) {          \
-        return {std::forward<B>(b), name.n};                          \
-    }                                                                 \
-    template <class A, class B>                                       \
-    constexpr A& operator OP(A& a, Right<Name, B> right) {            \
-        return on(right.n) ? (a OTHER right.b) : (a OP right.b);      \
+#define MUTANT_ASSIGNMENT(Name, OP, OTHER)                       \
+    struct Name {                                                \
+        int n;                                                   \
+        constexpr explicit Name(int number) : n(number) {}       \
+    };                                                           \
+    template <class B>                                           \
+    constexpr Right<Name, B> operator OP(Name name, B&& b) {     \
+        return {std::forward<B>(b), name.n};                     \
+    }                                                            \
+    template <class A, class B>                                  \
+    constexpr A& operator OP(A& a, Right<Name, B> right) {       \
+        return on(right.n) ? (a OTHER right.b) : (a OP right.b); \
     }
 MUTANT_ASSIGNMENT(Increase, +=, -=)
 MUTANT_ASSIGNMENT(Multiply, *=, +=)
 
 // `a && b` and `a || b`, either as `a && both(n) || rest() && b`: b is evaluated where it was, and
-// where the other operator would. What `both` or `either` knows of a, `rest` learns at once.
+// where the other operator would. What `both` or `either` knows of a, `rest` learns at once; no
+// thread comes between, though for ThreadSanitizer all of a block's have the same `left`.
 extern __thread bool left __attribute__((tls_model("initial-exec")));
-inline bool both(int n) {
-    left = !on(n);
-    return !left;
+EMULATOR_NOT_INSTRUMENTED inline bool leave(bool known) {
+    left = known;
+    return !known;
 }
-inline bool either(int n) {
-    left = on(n);
-    return !left;
+EMULATOR_NOT_INSTRUMENTED inline bool take() {
+    const bool known = left;
+    left = false;
+    return known;
 }
-inline bool rest_of_both(int n) { return std::exchange(left, false) || on(n); }
-inline bool rest_of_either(int n) { return std::exchange(left, false) || !on(n); }
+inline bool both(int n) { return leave(!on(n)); }
+inline bool either(int n) { return leave(on(n)); }
+inline bool rest_of_both(int n) { return take() || on(n); }
+inline bool rest_of_either(int n) { return take() || !on(n); }
 
 template <class T>
 constexpr T min(int n, T a, T b) {

@@ -61,12 +61,17 @@ class Switchboard:
         """The library with the switches, see `library.make`."""
         include = self.precompiled if variant == "plain" else ["-include", str(HEADER)]
         options = {**self.options, "flags": [*self.options["flags"], *include]}
+        # First what has switches: of equal inline functions the linker keeps the first. The others
+        # are not run, so that a sanitizer need not look at them.
         instead = {
             source: build.compile_object(
                 self.folder / source.relative_to(CSRC), variant, csrc=self.folder, **options
             )
             for source in self.sources
         }
+        for source in library.kernels():
+            if source not in instead:
+                instead[source] = build.compile_object(source, **library.options())
         run_time = build.compile_object(RUN_TIME, "plain")
         return library.make(variant, instead=instead, link=[str(run_time), "-Wl,--strip-debug"])
 
