@@ -140,7 +140,7 @@ def test_missing_fields_take_their_defaults():
             "unknown field model.cms.levels; there are: chunk_sizes, updates",
         ),
         ({"model": {"cms": "large"}}, "model.cms must be an object with fields, not 'large'"),
-        ({"train": {"schedule": "flat"}}, "train.schedule must be 'cosine' or 'linear'"),
+        ({"train": {"schedule": "flat"}}, "train.schedule must be 'cosine', 'linear' or 'wsd'"),
         ({"train": 3}, "train must be an object with fields, not 3"),
         ({"data": "text"}, "data must be a list of strings"),
     ],

@@ -1,24 +1,18 @@
 """The trainer: it learns, stops, resumes bitwise, and leaves usable files whenever it is killed."""
 
 import itertools
-import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
+import runs
 import torch
 from hope import (
     CmsConfig,
     HopeError,
     LanguageModel,
-    ModelConfig,
     RunConfig,
-    TitansConfig,
     TrainConfig,
     Trainer,
     TrainingDiverged,
@@ -28,54 +22,20 @@ from hope import (
 )
 from hope.checkpoint import find_checkpoint
 from hope.config import override
-from hope.files import atomic_directory, atomic_file
 from hope.optim import MultiFrequency
-from hope.train import bits_per_byte, learning_rate, make_optimizer
+from hope.train import bits_per_byte, discard, learning_rate, make_optimizer
 from torch import nn
-
-MODEL = ModelConfig(mixer=TitansConfig(heads=2, head_dim=8, chunk_size=8), dim=16, layers=1)
-TRAIN = TrainConfig(
-    tokens=8 * 4 * 32,
-    batch=4,
-    sequence=32,
-    lr=1e-2,
-    validate_every=2,
-    validation_tokens=128,
-    checkpoint_every=2,
-)
-CONFIG = RunConfig(model=MODEL, train=TRAIN)
 
 
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    path.write_text(runs.TEXT)
     return load_corpus([str(path)], window=32)
 
 
-def losses(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(records):
-    times = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in record.items() if k not in times} for record in records]
-
-
-def interrupt(trainer, step, action):
-    """Lets `action` happen while the trainer is in `step`, counted from 1."""
-    next_batch = trainer.sampler.next_batch
-
-    def hooked():
-        if trainer.step == step - 1:
-            action()
-        return next_batch()
-
-    trainer.sampler.next_batch = hooked
-
-
 def test_the_loss_falls_and_every_file_is_there(tmp_path, corpus):
-    config = replace(CONFIG, train=replace(TRAIN, tokens=60 * 4 * 32))
+    config = replace(runs.CONFIG, train=replace(runs.TRAIN, tokens=60 * 4 * 32))
     trainer = Trainer(config, corpus, tmp_path / "run")
     before = bits_per_byte(trainer.model, corpus.validation, config.train)
     result = trainer.run(progress=False)
@@ -84,7 +44,7 @@ def test_the_loss_falls_and_every_file_is_there(tmp_path, corpus):
     assert set(result.files) == {"metrics", "checkpoint", "loss curve", "sample"}
     assert result.files["sample"].read_text() == result.sample != ""
     assert result.files["loss curve"].read_bytes().startswith(b"\x89PNG")
-    records = losses(tmp_path / "run")
+    records = runs.records(tmp_path / "run")
     assert [r["step"] for r in records if "lr" in r] == list(range(1, 61))
     assert [r["step"] for r in records if "validation_bits_per_byte" in r] == list(range(2, 61, 2))
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == config.train.keep_checkpoints
@@ -94,81 +54,81 @@ def test_the_loss_falls_and_every_file_is_there(tmp_path, corpus):
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing(corpus):
-    model = LanguageModel(MODEL)
+    model = LanguageModel(runs.MODEL)
     nn.init.zeros_(model.embedding.weight)  # also the head: all logits are 0
-    value = bits_per_byte(model, corpus.validation, TRAIN)
-    assert value == pytest.approx(math.log2(MODEL.vocab_size), rel=1e-5)
+    value = bits_per_byte(model, corpus.validation, runs.TRAIN)
+    assert value == pytest.approx(math.log2(runs.MODEL.vocab_size), rel=1e-5)
 
 
 @pytest.fixture
 def uninterrupted(tmp_path, corpus):
-    trainer = Trainer(CONFIG, corpus, tmp_path / "whole")
+    trainer = Trainer(runs.CONFIG, corpus, tmp_path / "whole")
     trainer.run(progress=False)
-    return without_times(losses(tmp_path / "whole")), trainer.model.state_dict()
+    return runs.without_times(runs.records(tmp_path / "whole")), trainer.model.state_dict()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [1, 4, 5])
 def test_a_stopped_run_resumes_bitwise(tmp_path, corpus, uninterrupted, number, step):
     out = tmp_path / "stopped"
-    trainer = Trainer(CONFIG, corpus, out)
-    interrupt(trainer, step, lambda: signal.raise_signal(number))
+    trainer = Trainer(runs.CONFIG, corpus, out)
+    runs.interrupt(trainer, step, lambda: signal.raise_signal(number))
     handler = signal.getsignal(number)
     result = trainer.run(progress=False)
     assert (result.signal, trainer.step, result.sample) == (number, step, None)
     assert signal.getsignal(number) == handler
-    resumed = Trainer(CONFIG, corpus, out, resume=True)
+    resumed = Trainer(runs.CONFIG, corpus, out, resume=True)
     assert resumed.step == step
     resumed.run(progress=False)
     records, weights = uninterrupted
-    assert without_times(losses(out)) == records
+    assert runs.without_times(runs.records(out)) == records
     for name, weight in resumed.model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
 
 
 def test_a_crashed_run_resumes_bitwise_from_its_last_checkpoint(tmp_path, corpus, uninterrupted):
     out = tmp_path / "crashed"
-    trainer = Trainer(CONFIG, corpus, out)
+    trainer = Trainer(runs.CONFIG, corpus, out)
 
     def crash():
         raise MemoryError
 
-    interrupt(trainer, 6, crash)
+    runs.interrupt(trainer, 6, crash)
     with pytest.raises(MemoryError):
         trainer.run(progress=False)
-    assert losses(out)[-1]["step"] == 5
+    assert runs.records(out)[-1]["step"] == 5
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 6, "tok')  # as a kill in the middle of a write leaves it
-    resumed = Trainer(CONFIG, corpus, out, resume=True)
+    resumed = Trainer(runs.CONFIG, corpus, out, resume=True)
     assert resumed.step == 4
     resumed.run(progress=False)
-    assert without_times(losses(out)) == uninterrupted[0]
+    assert runs.without_times(runs.records(out)) == uninterrupted[0]
 
 
 def test_a_second_signal_stops_at_once(tmp_path, corpus):
-    trainer = Trainer(CONFIG, corpus, tmp_path / "run")
+    trainer = Trainer(runs.CONFIG, corpus, tmp_path / "run")
 
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    interrupt(trainer, 3, twice)
+    runs.interrupt(trainer, 3, twice)
     with pytest.raises(KeyboardInterrupt):
         trainer.run(progress=False)
     assert find_checkpoint(tmp_path / "run").name == "step-00000002"
 
 
 def test_a_finished_run_can_be_resumed_and_is_finished(tmp_path, corpus):
-    first = Trainer(CONFIG, corpus, tmp_path / "run").run(progress=False)
-    again = Trainer(CONFIG, corpus, tmp_path / "run", resume=True).run(progress=False)
+    first = Trainer(runs.CONFIG, corpus, tmp_path / "run").run(progress=False)
+    again = Trainer(runs.CONFIG, corpus, tmp_path / "run", resume=True).run(progress=False)
     assert again.validation_bits_per_byte == first.validation_bits_per_byte
     assert again.sample == first.sample
 
 
 def test_divergence_is_reported_and_the_last_checkpoint_stays(tmp_path, corpus):
-    trainer = Trainer(CONFIG, corpus, tmp_path / "run")
-    interrupt(trainer, 4, lambda: trainer.model.norm.weight.data.fill_(math.nan))
-    message = "diverged at step 4 .*bits per byte nan.*checkpoint, of step 2, is from before"
+    trainer = Trainer(runs.CONFIG, corpus, tmp_path / "run")
+    runs.interrupt(trainer, 4, lambda: trainer.model.norm.weight.data.fill_(math.nan))
+    message = "diverged at step 4 .*bits per byte nan.*parameter norm.weight.*step-00000002"
     with pytest.raises(TrainingDiverged, match=message):
         trainer.run(progress=False)
     model = load_model(tmp_path / "run")
@@ -177,37 +137,41 @@ def test_divergence_is_reported_and_the_last_checkpoint_stays(tmp_path, corpus):
 
 def test_a_used_directory_is_refused(tmp_path, corpus):
     (tmp_path / "run").mkdir()
-    Trainer(CONFIG, corpus, tmp_path / "run")  # an empty one is not
+    Trainer(runs.CONFIG, corpus, tmp_path / "run")  # an empty one is not
     (tmp_path / "run" / "notes").touch()
-    with pytest.raises(HopeError, match="run is not empty; continue that run with --resume"):
-        Trainer(CONFIG, corpus, tmp_path / "run")
+    with pytest.raises(HopeError, match="run is not empty; there is no checkpoint to continue"):
+        Trainer(runs.CONFIG, corpus, tmp_path / "run")
+    Trainer(runs.training(tokens=128), corpus, tmp_path / "done").run(progress=False)
+    with pytest.raises(HopeError, match="done is not empty; continue that run with --resume"):
+        Trainer(runs.CONFIG, corpus, tmp_path / "done")
+    with pytest.raises(HopeError, match="done has a checkpoint"):
+        discard(tmp_path / "done")
+
+
+def test_what_was_killed_before_its_first_checkpoint_can_be_discarded(tmp_path, corpus):
+    run = tmp_path / "run"
+    Trainer(runs.training(tokens=128, tensorboard=True), corpus, run).run(progress=False)
+    (run / "loss.png").unlink()
+    (run / "sample.txt").unlink()
+    find_checkpoint(run).rename(run / "checkpoints" / ".partial-step-00000001")
+    discard(run)
+    assert list(run.iterdir()) == []
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path, corpus):
     with pytest.raises(HopeError, match="no such run or checkpoint"):
-        Trainer(CONFIG, corpus, tmp_path / "absent", resume=True)
+        Trainer(runs.CONFIG, corpus, tmp_path / "absent", resume=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(HopeError, match="no checkpoint in"):
-        Trainer(CONFIG, corpus, tmp_path / "empty", resume=True)
-    Trainer(CONFIG, corpus, tmp_path / "run").run(progress=False)
+        Trainer(runs.CONFIG, corpus, tmp_path / "empty", resume=True)
+    Trainer(runs.CONFIG, corpus, tmp_path / "run").run(progress=False)
     other = replace(corpus, train=corpus.train.flip(0))
     with pytest.raises(HopeError, match="the data is not what the run"):
-        Trainer(CONFIG, other, tmp_path / "run", resume=True)
-
-    def resume(run):
-        return Trainer(load_config(find_checkpoint(run)), corpus, run, resume=True)
-
-    for name in ("trainer.pt", "model.safetensors", "config.json"):
-        path = find_checkpoint(tmp_path / "run") / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(HopeError, match=f"cannot read .*{name}"):
-            resume(tmp_path / "run")
-        path.write_bytes(whole)
+        Trainer(runs.CONFIG, other, tmp_path / "run", resume=True)
 
 
 def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path, corpus):
-    config = replace(CONFIG, model=replace(MODEL, vocab_size=256))
+    config = replace(runs.CONFIG, model=replace(runs.MODEL, vocab_size=256))
     with pytest.raises(HopeError, match="vocab_size must be at least 257 for bytes, not 256"):
         Trainer(config, corpus, tmp_path / "run")
 
@@ -225,10 +189,10 @@ def test_the_learning_rate_warms_up_and_goes_down():
 
 
 def test_weight_decay_is_for_matrices_of_linear_layers_and_embeddings():
-    model = LanguageModel(MODEL)
-    decayed, others = make_optimizer(model, TRAIN).param_groups
+    model = LanguageModel(runs.MODEL)
+    decayed, others = make_optimizer(model, runs.TRAIN).param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
-    assert decayed["weight_decay"] == TRAIN.weight_decay
+    assert decayed["weight_decay"] == runs.TRAIN.weight_decay
     assert others["weight_decay"] == 0
     assert {names[p] for p in others["params"] if not names[p].endswith("norm.weight")} == {
         *("blocks.0.mixer.conv.weight", "blocks.0.mixer.rates.bias", "blocks.0.mixer.memory.0")
@@ -239,8 +203,8 @@ def test_weight_decay_is_for_matrices_of_linear_layers_and_embeddings():
 
 # The slow level moves every third step: steps 1, 4 and 5 are in the middle of a period.
 PACED = RunConfig(
-    model=replace(MODEL, mlp_ratio=2.0, cms=CmsConfig((4, 8))),
-    train=replace(TRAIN, level_periods=(1, 3)),
+    model=replace(runs.MODEL, mlp_ratio=2.0, cms=CmsConfig((4, 8))),
+    train=replace(runs.TRAIN, level_periods=(1, 3)),
 )
 
 
@@ -258,16 +222,16 @@ def test_levels_move_once_in_their_period(tmp_path, corpus):
 
 
 def test_periods_of_one_are_the_usual_optimizer(tmp_path, corpus):
-    runs = []
+    trainers = []
     for periods in ((), (1, 1)):
         config = replace(PACED, train=replace(PACED.train, level_periods=periods))
         trainer = Trainer(config, corpus, tmp_path / f"run{len(periods)}")
         for _ in range(5):
             trainer._train_step()
-        runs.append(trainer)
-    kinds = [type(trainer.optimizer) for trainer in runs]
+        trainers.append(trainer)
+    kinds = [type(trainer.optimizer) for trainer in trainers]
     assert kinds == [torch.optim.AdamW, MultiFrequency]
-    for a, b in zip(*(trainer.model.parameters() for trainer in runs), strict=True):
+    for a, b in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -287,14 +251,16 @@ def test_a_run_stopped_in_the_middle_of_a_period_resumes_bitwise(tmp_path, corpu
     whole.run(progress=False)
     out = tmp_path / "stopped"
     trainer = Trainer(PACED, corpus, out)
-    interrupt(trainer, step, lambda: signal.raise_signal(signal.SIGINT))
+    runs.interrupt(trainer, step, lambda: signal.raise_signal(signal.SIGINT))
     trainer.run(progress=False)
     resumed = Trainer(PACED, corpus, out, resume=True)
     assert resumed.step == step
     slow = resumed.model.blocks[0].cms.levels[1].mlp.up.weight
     assert resumed.optimizer.state[slow]["pending"].abs().max() > 0
     resumed.run(progress=False)
-    assert without_times(losses(out)) == without_times(losses(tmp_path / "whole"))
+    assert runs.without_times(runs.records(out)) == runs.without_times(
+        runs.records(tmp_path / "whole")
+    )
     for name, weight in resumed.model.state_dict().items():
         assert torch.equal(weight, whole.model.state_dict()[name]), name
 
@@ -311,89 +277,3 @@ def test_a_run_stopped_in_the_middle_of_a_period_resumes_bitwise(tmp_path, corpu
 def test_wrong_periods_are_named(settings, message):
     with pytest.raises(HopeError, match=message):
         override(RunConfig(), settings)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def fail():
-        with atomic_file(path) as temporary:
-            temporary.write_text("new")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    with path.open() as reader:
-        with atomic_file(path) as temporary:
-            temporary.write_text("new")
-        assert reader.read() == "old"  # the file itself is as it was: another took its name
-    assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def test_a_directory_is_complete_or_absent(tmp_path):
-    def fail():
-        with atomic_directory(tmp_path / "a" / "whole") as temporary:
-            (temporary / "part").touch()
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert list((tmp_path / "a").iterdir()) == []
-    (tmp_path / "a" / ".partial-left").mkdir()  # by a process that was killed
-    with atomic_directory(tmp_path / "a" / "whole") as temporary:
-        (temporary / "part").write_text("x")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole"]
-    assert (tmp_path / "a" / "whole" / "part").read_text() == "x"
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02])
-def test_a_killed_process_leaves_a_usable_checkpoint(tmp_path, corpus, delay):
-    """SIGKILL while a process does nothing but train and write checkpoints."""
-    arguments = [
-        "--data",
-        str(tmp_path / "text.txt"),
-        "--steps",
-        "100000",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    settings = {
-        "model.dim": 8,
-        "model.layers": 1,
-        "model.mixer.heads": 1,
-        "model.mixer.head_dim": 8,
-        "train.batch": 1,
-        "train.sequence": 16,
-        "train.checkpoint_every": 1,
-        "train.validate_every": 100000,
-    }
-    for name, value in settings.items():
-        arguments += ["--set", f"{name}={value}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hope", "train", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        while not list((tmp_path / "run").glob("checkpoints/step-*")):
-            assert process.poll() is None
-            time.sleep(0.001)
-        time.sleep(delay)
-    finally:
-        process.kill()
-        process.wait()
-    checkpoint = find_checkpoint(tmp_path / "run")
-    assert load_model(checkpoint).config.dim == 8
-    config = load_config(checkpoint)
-    resumed = Trainer(config, load_corpus(config.data, 16), tmp_path / "run", resume=True)
-    assert checkpoint.name == f"step-{resumed.step:08d}"

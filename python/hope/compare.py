@@ -19,7 +19,7 @@ from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.model import parameter_count
 from hope.plot import plot_runs
-from hope.train import Trainer, TrainResult
+from hope.train import Trainer, TrainResult, discard
 
 # What must agree for two runs to read the same batches and be judged on the same text.
 _SHARED = ("tokens", "batch", "sequence", "seed", "validation_tokens")
@@ -83,8 +83,8 @@ class Comparison:
         for number, config in enumerate(self.configs, 1):
             run = self.out / config.preset
             resume = has_checkpoint(run)
-            if not resume:  # what a run leaves that was killed before its first checkpoint
-                (run / "metrics.jsonl").unlink(missing_ok=True)
+            if not resume:
+                discard(run)
             if progress:
                 print(f"run    {number} of {len(self.configs)}: {config.preset}", flush=True)
             trainer = Trainer(config, self.corpus, run, self.device, resume=resume)

@@ -1,6 +1,5 @@
 """Writing files so that a kill at any moment leaves the old content or the new, never a part."""
 
-import glob
 import os
 import shutil
 import tempfile
@@ -28,28 +27,33 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, alone: bool = True) -> Iterator[Path]:
-    """The same for a new directory; `path` must not exist, or be empty.
-
-    What a killed process left is removed: all of it beside `path`, or, where this process is not
-    `alone` to write there, what was to be `path`.
-    """
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """The same for a new directory; `path` must not exist, or be empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f"{_TEMPORARY}{path.name}-"
-    for leftover in path.parent.glob((_TEMPORARY if alone else glob.escape(prefix)) + "*"):
-        shutil.rmtree(leftover)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    temporary = partial_directory(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for file in temporary.iterdir():
-            _sync(file)
+        for part in temporary.rglob("*"):
+            _sync(part)
         _sync(temporary)
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def partial_directory(path: Path) -> Path:
+    """Where `atomic_directory(path)` writes."""
+    return path.with_name(_TEMPORARY + path.name)
+
+
+def remove_partial(parent: Path) -> None:
+    """Removes the directories that killed processes left half written in `parent`."""
+    for leftover in parent.glob(_TEMPORARY + "*"):
+        shutil.rmtree(leftover)
 
 
 def _umask() -> int:

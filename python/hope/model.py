@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import register_dataclass
+from torch.utils.checkpoint import checkpoint
 
 from hope.config import ModelConfig
 from hope.layers import MIXERS, AttentionState, CmsStates, ContinuumMemory, MixerState, make_mlp
@@ -82,7 +84,12 @@ class LanguageModel(nn.Module):
     """Next-token model over `config.vocab_size` tokens.
 
     Weights are drawn from torch's global generator; on the meta device nothing is.
+
+    checkpoint_activations: False; True keeps only what goes into a block for the backward pass,
+    which computes the rest again. Gradients are the same.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,7 +150,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """What the head reads, [B, T, dim], and the state after the last token; as `forward`.
 
-        call: calls a block, `call(block, *its arguments)`, such as torch.utils.checkpoint.
+        call: calls a block, `call(block, *its arguments)`, such as torch.utils.checkpoint, which is
+        what `checkpoint_activations` stands for.
         """
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
             got = f"{tuple(tokens.shape)} {tokens.dtype}"
@@ -157,6 +165,8 @@ class LanguageModel(nn.Module):
         carried = [(None, None)] * len(self.blocks)
         if state is not None:
             carried = list(zip(state.layers, state.cms, strict=True))
+        if call is None and self.checkpoint_activations:
+            call = partial(checkpoint, use_reentrant=False)
         layers, cms = [], []
         for block, before in zip(self.blocks, carried, strict=True):
             arguments = (x, *before, cu_seqlens)

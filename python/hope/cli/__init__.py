@@ -6,11 +6,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hope.cli import compare, evaluate, generate, info, shards, tokenizer, train
+from hope.cli import compare, evaluate, export, generate, info, shards, tokenizer, train
 from hope.errors import HopeError
 from hope.train import TrainingDiverged
 
-_COMMANDS = (train, compare, evaluate, generate, tokenizer, shards, info)
+_COMMANDS = (train, compare, evaluate, generate, export, tokenizer, shards, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingDiverged as error:
         print(f"hope: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("hope: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `hope info | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk, a directory that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"hope: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hope: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,12 +12,14 @@ class TrainConfig:
     """How a model is trained. Sizes are in tokens; `*_every` are in optimizer steps."""
 
     tokens: int = 3_000_000
-    batch: int = 16
+    batch: int = 16  # sequences in a step
+    accumulate: int = 1  # parts that a batch is computed in, one after the other, to save memory
     sequence: int = 256
     lr: float = 4e-3
     lr_final: float = 0.0  # the learning rate at the end, as a fraction of lr
     schedule: str = "cosine"
     warmup: float = 0.05  # fraction of the steps in which lr rises from 0
+    decay: float = 0.2  # of schedule wsd: fraction of the steps in which lr falls
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -30,14 +32,17 @@ class TrainConfig:
     keep_checkpoints: int = 2
     dtype: str = "float32"  # of the activations (autocast); weights and gates are float32
     compile: bool = False  # through torch.compile
+    checkpoint_activations: bool = False  # of blocks: computed again in the backward pass
+    tensorboard: bool = False  # metrics also as TensorBoard's events
+    wandb: str | None = None  # metrics also to this project of wandb
     # Optimizer steps between two moves of each MLP of a CMS (hope.optim.MultiFrequency); empty: all
     # weights move in every step.
     level_periods: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
-            *("tokens", "batch", "sequence", "validate_every", "validation_tokens"),
-            *("checkpoint_every", "keep_checkpoints"),
+            *("tokens", "batch", "accumulate", "sequence", "validate_every"),
+            *("validation_tokens", "checkpoint_every", "keep_checkpoints"),
         ):
             require(getattr(self, name) > 0, name, "at least 1", getattr(self, name))
         for name in ("lr", "eps", "clip"):
@@ -46,7 +51,13 @@ class TrainConfig:
             require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         require(0 <= self.lr_final <= 1, "lr_final", "in [0, 1]", self.lr_final)
         require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
-        choose(self.schedule, "schedule", "cosine", "linear")
+        divides = self.batch % self.accumulate == 0
+        require(divides, "accumulate", f"a divisor of batch ({self.batch})", self.accumulate)
+        choose(self.schedule, "schedule", "cosine", "linear", "wsd")
+        if self.schedule == "wsd":
+            most = 1 - self.warmup
+            require(0 < self.decay <= most, "decay", f"in (0, {most:g}], after warmup", self.decay)
+        require(self.wandb != "", "wandb", "the name of a project or null", self.wandb)
         choose(self.dtype, "dtype", "float32", "bfloat16")
         periods = self.level_periods
         require(min(periods, default=1) > 0, "level_periods", "numbers above 0", periods)

@@ -161,8 +161,12 @@ def _part(tokens: Tokens, start: int, stop: int) -> Tokens:
 def training_sampler(
     corpus: Corpus, train: TrainConfig, *, packed: bool = False, rank: int = 0, world: int = 1
 ) -> Sampler:
-    """Batches of the training tokens: windows, or packed documents (hope.data.sampler)."""
-    shape = (corpus.train, train.sequence, train.batch, train.seed, rank, world)
+    """Batches of the training tokens: windows, or packed documents (hope.data.sampler).
+
+    Each is one of the `train.accumulate` parts of what a step reads.
+    """
+    rows = train.batch // train.accumulate
+    shape = (corpus.train, train.sequence, rows, train.seed, rank, world)
     if packed:
         return PackedSampler(*shape, separator=corpus.tokenizer.separator, cut=corpus.cut)
     return WindowSampler(*shape)

@@ -49,7 +49,7 @@ def write_shards(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HopeError(f"{out} is not empty; shards need a new directory")
     kind = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    with atomic_directory(out, alone=False) as directory:
+    with atomic_directory(out) as directory:
         with ExitStack() as files:
             sides = [
                 files.enter_context(_side(directory, name, kind, tokenizer.separator, shard_tokens))
