@@ -122,3 +122,14 @@ def test_kernels_with_switches(emulator, tmp_path):
         assert judge.judge(elsewhere, mutate.LEVELS[:1]) == mutate.NOT_MET
     finally:
         judge.trials.close()
+
+
+def test_a_resumed_run_tries_again_what_survived(tmp_path):
+    log = tmp_path / "log"
+    caught, survived = "csrc/a.cuh:1: `x < 1` -> `x <= 1`", "csrc/a.cuh:1: `x < 1` -> `x < 2`"
+    log.write_text(
+        f"[1/3] {caught}\n    few instances: hangs\n[2/3] {survived}\n    {mutate.SURVIVES}\n"
+        f"| `a.cuh` | 2 | 1 | 0 | 1 |\n\n1 survive:\n- `a.cuh`: `x < 1` -> `x < 2`: SURVIVES\n"
+    )
+    assert mutate.earlier(log) == {caught: "few instances: hangs"}
+    assert mutations.listed(log) == {("a.cuh", "x < 1", "x < 2")}
