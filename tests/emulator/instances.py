@@ -71,12 +71,18 @@ def _shifted_inputs(*args, **options) -> dict:
 
 
 def _shifted_pieces(*args, **options) -> dict:
-    """Of each tensor, another piece begins where four elements cannot be loaded at once."""
+    """Where a piece of a tensor, each time another, begins where four elements cannot be loaded at
+    once; and in the end all pieces of one."""
     arguments = testing.multifreq_inputs(*args, **options)
-    pieces = ("params", "grads", "pending", "exp_avgs", "exp_avg_sqs")
-    for i, piece in enumerate(piece for piece in pieces if arguments[piece]):
-        x = arguments[piece][i]
-        arguments[piece][i] = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    pieces = [
+        arguments[piece]
+        for piece in ("params", "grads", "pending", "exp_avgs", "exp_avg_sqs")
+        if arguments[piece]
+    ]
+    for i, piece in enumerate(pieces):
+        for shifted in (i, len(piece) - 1):
+            x = piece[shifted]
+            piece[shifted] = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
     return arguments
 
 
@@ -207,7 +213,7 @@ def _of_optimizers() -> Iterator[Instance]:
             sizes = {"batch": (3,), "rows": rows, "columns": columns, "steps": 3}
             yield Instance(_newton_schulz(f"batch-{rows}x{columns}", **sizes), dtype, {}, False)
         for rule in ("adamw", "sgd"):
-            same = {"shapes": [(300,)] * 5, "periods": [1] * 5, "step": 2, "rule": rule}
+            same = {"shapes": [(300,)] * 6, "periods": [1] * 6, "step": 2, "rule": rule}
             made = _without_derivative(
                 stepped, _shifted_pieces, "multifreq", f"{rule}-unaligned", **same
             )
