@@ -2,10 +2,16 @@
 
 import argparse
 
-from hope.cli import evaluate_harness, evaluate_lm, evaluate_needle, evaluate_tasks
+from hope.cli import (
+    evaluate_continual,
+    evaluate_harness,
+    evaluate_lm,
+    evaluate_needle,
+    evaluate_tasks,
+)
 from hope.cli.options import Commands
 
-_KINDS = (evaluate_lm, evaluate_needle, evaluate_harness, evaluate_tasks)
+_KINDS = (evaluate_lm, evaluate_needle, evaluate_harness, evaluate_continual, evaluate_tasks)
 
 
 def add(commands: Commands) -> None:
