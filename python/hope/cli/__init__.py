@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from hope.cli import (
+    bench,
     compare,
     evaluate,
     export,
@@ -14,6 +15,7 @@ from hope.cli import (
     info,
     learn,
     memory,
+    profile,
     shards,
     tokenizer,
     train,
@@ -23,7 +25,7 @@ from hope.train import TrainingDiverged
 
 _COMMANDS = (
     *(train, compare, learn, evaluate, generate, export),
-    *(tokenizer, shards, memory, info),
+    *(tokenizer, shards, memory, profile, bench, info),
 )
 
 
