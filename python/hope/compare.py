@@ -115,9 +115,11 @@ def load_comparison(out: Path) -> list[RunConfig]:
         raise HopeError(f"there is no comparison in {out}: {path} is missing")
     try:
         configs = json.loads(path.read_text())["configs"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise HopeError(f"cannot read {path}: {error}") from error
-    return [from_dict(RunConfig, config) for config in configs]
+        return [from_dict(RunConfig, config) for config in configs]
+    except HopeError as error:
+        raise HopeError(f"{path} is not that of a comparison: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise HopeError(f"{path} is damaged, or no comparison: {error!r}") from error
 
 
 def figures(config: RunConfig, result: TrainResult) -> dict[str, Any]:
