@@ -10,6 +10,7 @@ import pytest
 import side_by_side
 import torch
 from emulator import build, library
+from worlds import World
 
 from hope_ext import testing
 
@@ -42,6 +43,14 @@ def emulator() -> None:
 def emulated(emulator) -> None:
     """The backend "emulated" is there; HOPE_EMULATED_LIBRARY names another build of it."""
     testing.use_emulated(os.environ.get("HOPE_EMULATED_LIBRARY") or library.make())
+
+
+@pytest.fixture(scope="module")
+def world(request, tmp_path_factory) -> Iterator[World]:
+    """Processes for a module's tests; `worlds.worlds` says how many."""
+    processes = World(request.param, tmp_path_factory.mktemp("world"))
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture

@@ -202,7 +202,17 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["compare"], ["generate"], ["export"], ["tokenizer"], ["shards"], ["info"]],
+    [
+        [],
+        ["train"],
+        ["compare"],
+        ["generate"],
+        ["export"],
+        ["tokenizer"],
+        ["shards"],
+        ["info"],
+        ["memory"],
+    ],
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit_:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from hope import HopeError, preset
 from hope.cli import main
-from hope.evaluate import IGNORED, TASKS, Recall, StateTracking, accuracy, equal_sized
+from hope.evaluate import (
+    IGNORED,
+    TASKS,
+    Recall,
+    StateTracking,
+    accuracy,
+    equal_sized,
+    evaluation,
+)
 from hope.evaluate.evaluation import small
 from hope.model import parameter_count
 from torch import nn
@@ -122,7 +130,8 @@ def evaluate(*arguments, task="recall", names=NAMES):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_evaluate_trains_judges_and_writes(task, tmp_path, capsys):
+def test_evaluate_trains_judges_and_writes(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "_EXAMPLES", 32)
     assert evaluate(task=task) == 0
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "runs" / task / "evaluate.json").read_text())

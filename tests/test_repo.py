@@ -284,6 +284,9 @@ COMMANDS = {
     r"cmake -B build/cmake .*": "tests/test_build.py::test_cmake_compiles_what_pip_compiles",
     r"ninja -C build/cmake": "tests/test_build.py::test_cmake_compiles_what_pip_compiles",
     r"(\.venv/bin/)?hope (train|generate|info)\b.*": "tests/test_hope_cli.py::test_",
+    r"(\.venv/bin/)?hope learn\b.*": (
+        "tests/test_hope_learn_run.py::test_learn_reports_and_leaves_an_ordinary_checkpoint"
+    ),
     r"(\.venv/bin/)?hope export\b.*": (
         "tests/test_hope_checkpoint.py::test_export_copies_a_model_that_loads"
     ),

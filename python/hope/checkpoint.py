@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from hope.config import RunConfig, from_dict, to_dict
 from hope.errors import HopeError
 from hope.files import atomic_directory, partial_directory, remove_partial
-from hope.model import LanguageModel
+from hope.model import LanguageModel, parameter_shapes
 from hope.tokenizers import BYTES, Tokenizer, load_tokenizer
 
 _MODEL, _CONFIG, _STATE, _TOKENIZER = "model.safetensors", "config.json", "state", "tokenizer.json"
@@ -159,7 +159,8 @@ def _check_weights(model: LanguageModel, path: Path) -> None:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise HopeError(f"cannot read the weights in {path}: {error}") from error
-    refuse_other_model(path, saved, shapes_of(model.state_dict()))
+    own = {name: tuple(shape) for name, shape in parameter_shapes(model.config).items()}
+    refuse_other_model(path, saved, own)
 
 
 def shapes_of(weights: dict[str, torch.Tensor]) -> Shapes:

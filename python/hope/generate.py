@@ -58,14 +58,14 @@ def generate(
     state = None
     for _ in range(length):
         logits, state = model(tokens, state, return_state=True)
-        token = _choose(logits[0, -1, : tokenizer.vocab_size], temperature, top_k, random)
+        token = choose(logits[0, -1, : tokenizer.vocab_size], temperature, top_k, random)
         if token == tokenizer.separator:
             return
         yield int(token)
         tokens = token.view(1, 1)
 
 
-def _choose(
+def choose(
     logits: Tensor, temperature: float, top_k: int | None, random: torch.Generator
 ) -> Tensor:
     """One token [] from logits [V]."""

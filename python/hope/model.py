@@ -188,8 +188,16 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Number of trainable scalars (the tied embedding counted once), without allocating them."""
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shapes of a model's weights by name (the tied embedding once), without allocating them.
+
+    In a model that is shared by tensor ranks, those of the same names may be viewed in another way.
+    """
     with torch.device("meta"):
         model = LanguageModel(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of trainable scalars."""
+    return sum(shape.numel() for shape in parameter_shapes(config).values())

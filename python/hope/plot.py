@@ -52,6 +52,33 @@ def plot_runs(runs: Sequence[dict[str, Any]], picture: Path) -> None:
     _save(figure, picture)
 
 
+def plot_matrices(results: Sequence[dict[str, Any]], domains: Sequence[str], picture: Path) -> None:
+    """Draws what each domain's held-out text costs while they are learned in sequence, as a PNG.
+
+    results: of `hope.continual.ContinualEvaluation`; a panel each, with what has been learned last
+    from left to right. At a domain's dot it has just been learned: what rises after is forgotten.
+    """
+    columns = min(4, len(results))
+    rows = -(-len(results) // columns)
+    figure = _figure(4 * columns, 4 * rows)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    stages = range(len(domains))
+    for axes, result in zip(panels, results, strict=False):
+        for j, name in enumerate(domains):
+            losses = [row[j] for row in result["bits_per_byte"]]
+            axes.plot(stages, losses, color=f"C{j}", label=name)
+            axes.plot(j, losses[j], color=f"C{j}", marker="o")
+        axes.set_title(result["name"], fontsize="medium")
+        axes.set_xticks(stages, domains, rotation=20)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(results) :]:
+        axes.remove()
+    for axes in panels[::columns]:
+        axes.set(ylabel="bits per byte, held out")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    _save(figure, picture)
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed only here
     from matplotlib.figure import Figure

@@ -27,12 +27,15 @@ from torch.optim import Optimizer
 
 from hope.checkpoint import refuse_other_model, shapes_of
 from hope.errors import HopeError
+from hope.model import LanguageModel, parameter_shapes
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
+def full_weights(model: LanguageModel) -> dict[str, Tensor]:
     """The whole weights, by name: on the first rank, and on the CPU if there are others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=not _alone())
-    return get_model_state_dict(model, options=options)
+    shapes = parameter_shapes(model.config)
+    weights = get_model_state_dict(model, options=options)
+    return {name: weight.reshape(shapes[name]) for name, weight in weights.items()}
 
 
 def save_state(

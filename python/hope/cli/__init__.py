@@ -9,11 +9,25 @@ from collections.abc import Sequence
 
 import torch
 
-from hope.cli import compare, evaluate, export, generate, info, shards, tokenizer, train
+from hope.cli import (
+    compare,
+    evaluate,
+    export,
+    generate,
+    info,
+    learn,
+    memory,
+    shards,
+    tokenizer,
+    train,
+)
 from hope.errors import HopeError
 from hope.train import TrainingDiverged
 
-_COMMANDS = (train, compare, evaluate, generate, export, tokenizer, shards, info)
+_COMMANDS = (
+    *(train, compare, learn, evaluate, generate, export),
+    *(tokenizer, shards, memory, info),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

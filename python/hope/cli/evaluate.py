@@ -1,76 +1,38 @@
-"""`hope evaluate`."""
+"""`hope evaluate TASK`, one file for each kind of task."""
 
 import argparse
-from pathlib import Path
 
-from hope.cli.options import Commands, add_device, latest_run, new_run, positive
-from hope.device import choose_device
-from hope.evaluate import TASKS, Evaluation, equal_sized
-from hope.evaluate.evaluation import FILE, small, table
-from hope.presets import PRESETS, preset
+from hope.cli import (
+    evaluate_continual,
+    evaluate_harness,
+    evaluate_lm,
+    evaluate_needle,
+    evaluate_tasks,
+)
+from hope.cli.options import Commands
 
-_EVALUATED = ("hope-tiny", "tiny", "tiny-transformer")
+_KINDS = (evaluate_lm, evaluate_needle, evaluate_harness, evaluate_continual, evaluate_tasks)
 
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="train small models on a task and judge them",
+        help="judge trained models, or train small ones on a task and judge them",
         description=(
-            "Trains small models of presets, equal in size, on a task whose texts are generated,\n"
-            "and shows how often each is right. Without presets: "
-            f"{', '.join(_EVALUATED)}."
+            "Judges a trained run on texts (lm), on finding what a long text hides (needle) or on\n"
+            "the tasks of lm-evaluation-harness (harness); or trains small models of presets on a\n"
+            "task that is generated, and judges those."
         ),
         epilog=(
-            "tasks:\n"
-            + "".join(f"  {task.name:<15} {task.description}\n" for task in TASKS.values())
-            + "\nexamples:\n"
-            "  hope evaluate recall\n"
-            "  hope evaluate state-tracking tiny tiny-transformer --steps 500 --set train.seed=1\n"
+            "examples:\n"
+            "  hope evaluate lm runs/hope-tiny --data book.txt\n"
+            "  hope evaluate needle runs/hope-tiny --length 256 1024\n"
+            "  hope evaluate recall tiny tiny-transformer --steps 500\n"
+            "\n"
+            "hope evaluate TASK --help explains a task."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("task", choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument(
-        "presets", nargs="*", metavar="PRESET", help=f"one or more of: {', '.join(PRESETS)}"
-    )
-    parser.add_argument(
-        "--steps",
-        type=positive,
-        default=1000,
-        help="optimizer steps for each (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting of every model; may be repeated",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIRECTORY",
-        help="where the figures go (default: runs/TASK, or runs/TASK-2, ... if it is taken)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the same evaluation in --out (default: the latest)",
-    )
-    add_device(parser)
-    parser.set_defaults(command=_run)
-
-
-def _run(options: argparse.Namespace) -> int:
-    device, task = choose_device(options.device), TASKS[options.task]
-    names = options.presets or _EVALUATED
-    configs = equal_sized([small(preset(n), task, options.steps, options.set) for n in names])
-    out = options.out or (latest_run if options.resume else new_run)(task.name)
-    evaluation = Evaluation(task, configs, out, device, resume=options.resume)
-    print(f"task   {task.name}: {task.description}")
-    print(f"budget {configs[0].train.steps:,} steps for each, on {device}")
-    print(f"out    {out / FILE}", flush=True)
-    evaluation.run()
-    print(f"\n{table(task, evaluation.runs)}")
-    return 0
+    tasks = parser.add_subparsers(title="tasks", required=True, metavar="TASK")
+    for kind in _KINDS:
+        kind.add(tasks)

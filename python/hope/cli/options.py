@@ -14,14 +14,16 @@ _RUNS = Path("runs")
 _SOURCES = "files, directories, globs, .jsonl, .parquet, data sets"
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """The options that say where documents are."""
+    default = "" if required else " (default: Python's standard library)"
     parser.add_argument(
         "--data",
         nargs="+",
         default=(),
+        required=required,
         metavar="PATH",
-        help=f"text: {_SOURCES} (default: Python's standard library)",
+        help=f"text: {_SOURCES}{default}",
     )
     parser.add_argument(
         "--field",
@@ -70,6 +72,34 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: a GPU if there is one that the build has kernels for (default: %(default)s)",
     )
+
+
+def add_judged(parser: argparse.ArgumentParser, task: str) -> None:
+    """The options of what judges a trained run: run, --batch, --out and --device."""
+    parser.add_argument(
+        "run", type=Path, help="the directory of a run, or of one of its checkpoints"
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=16,
+        help="how many texts are read side by side (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"where the figures go, as JSON (default: {task}.json in RUN)",
+    )
+    add_device(parser)
+
+
+def judged_out(options: argparse.Namespace, task: str) -> Path:
+    """Where the figures go; HopeError now rather than after hours if that cannot be."""
+    out = options.out or options.run / f"{task}.json"
+    if not out.parent.is_dir():
+        raise HopeError(f"there is no directory {out.parent} to write {out.name} into")
+    return out
 
 
 def positive(text: str) -> int:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from hope.checkpoint import find_checkpoint, load_config
 from hope.cli.options import (
     Commands,
@@ -20,6 +22,7 @@ from hope.errors import HopeError
 from hope.model import parameter_count
 from hope.presets import PRESETS, preset
 from hope.train import Trainer, TrainResult
+from hope.train.ranks import agreed, is_first, launched
 
 _TRAINED = "hope-tiny"
 
@@ -72,27 +75,38 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
+    if not launched():
+        return _train(options, device)
+    from hope.parallel import process_group  # slow to import, needed only here
+
+    with process_group(device) as device:
+        return _train(options, device)
+
+
+def _train(options: argparse.Namespace, device: torch.device) -> int:
+    say = print if is_first() else _say_nothing
     if options.resume:
-        out = options.out or latest_run(options.preset or _TRAINED)
+        out = options.out or agreed(lambda: latest_run(options.preset or _TRAINED))
         config = _resumed_config(options, out)
     else:
         config = configured(options, preset(options.preset or _TRAINED))
-        out = options.out or new_run(config.preset)
+        out = options.out or agreed(lambda: new_run(config.preset))
     train = config.train
     corpus = load_corpus(config.data, window=train.sequence)
     unit = corpus.tokenizer.unit
     trainer = Trainer(config, corpus, out, device, resume=options.resume)
     millions = parameter_count(config.model) / 1e6
-    print(f"model  {config.preset}: {millions:.2f} M parameters, on {device}")
-    print(f"data   {corpus.description}")
-    print(
+    say(f"model  {config.preset}: {millions:.2f} M parameters, on {device}")
+    say(f"data   {corpus.description}")
+    say(
         f"budget {train.steps:,} steps of {train.tokens_per_step:,} {unit} "
         f"({train.steps * train.tokens_per_step:,} in all)"
     )
     start = f", continued after step {trainer.step:,}" if options.resume else ""
-    print(f"out    {out}{start}", flush=True)
+    say(f"out    {out}{start}", flush=True)
     result = trainer.run()
-    _report(result, out, unit)
+    if is_first():
+        _report(result, out, unit)
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -103,6 +117,10 @@ def _resumed_config(options: argparse.Namespace, out: Path) -> RunConfig:
         raise HopeError(f"{out} is a run of preset {saved.preset!r}, not {options.preset!r}")
     refuse_changes(saved, configured(options, saved))
     return saved
+
+
+def _say_nothing(*words: object, **options: object) -> None:
+    """What a rank says that is not the first."""
 
 
 def _report(result: TrainResult, out: Path, unit: str) -> None:

@@ -6,6 +6,7 @@ to each.
 """
 
 from hope.config.form import from_dict, override, to_dict
+from hope.config.learn import LearnConfig
 from hope.config.mixers import (
     MIXER_KINDS,
     AttentionConfig,
@@ -17,6 +18,7 @@ from hope.config.mixers import (
     TitansConfig,
 )
 from hope.config.model import CmsConfig, ModelConfig
+from hope.config.parallel import ParallelConfig
 from hope.config.run import DataConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -25,11 +27,13 @@ __all__ = [
     "CmsConfig",
     "DataConfig",
     "HopeConfig",
+    "LearnConfig",
     "MacConfig",
     "MagConfig",
     "MalConfig",
     "MixerConfig",
     "ModelConfig",
+    "ParallelConfig",
     "RunConfig",
     "TitansConfig",
     "TrainConfig",

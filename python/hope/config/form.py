@@ -50,9 +50,11 @@ def _parse(hint: Any, value: Any, path: str) -> Any:
             value = {hint.short: _parse(typing.get_type_hints(hint)[hint.short], value, path)}
         return from_dict(hint, value, path)  # type: ignore[type-var]
     if typing.get_origin(hint) is tuple:
-        kind, plural = (int, "integers") if int in typing.get_args(hint) else (str, "strings")
-        if isinstance(value, (list, tuple)) and all(type(item) is kind for item in value):
-            return tuple(value)
+        kind, *_ = typing.get_args(hint)
+        plural = {int: "integers", float: "numbers", str: "strings"}[kind]
+        kinds = (int, float) if kind is float else (kind,)
+        if isinstance(value, (list, tuple)) and all(type(item) in kinds for item in value):
+            return tuple(map(kind, value))
         raise HopeError(f"{path} must be a list of {plural}, not {value!r}")
     if type(None) in typing.get_args(hint):  # "T | None"
         if value is None:

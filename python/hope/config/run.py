@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from hope.config.check import choose, require
 from hope.config.model import ModelConfig
+from hope.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,15 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        require(
+            not (self.data.packed and self.parallel.sequence > 1),
+            "parallel.sequence",
+            "1 with data.packed, whose rows hold many short texts",
+            self.parallel.sequence,
+        )
         periods, cms = self.train.level_periods, self.model.cms
         mlps = 0 if cms is None else cms.mlps
         require(

@@ -193,15 +193,26 @@ def validation_batches(
     *,
     packed: bool = False,
     separator: int = SEPARATOR,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
-    """The same rows every time, about `limit` tokens spread evenly; as the samplers give them."""
+    """The same rows every time, about `limit` tokens spread evenly; as the samplers give them.
+
+    rank, world: this process reads a share of each batch. All have as many batches: where there are
+    fewer rows than processes, one without any reads a row whose targets are all IGNORED.
+    """
     documents = _Documents(tokens, separator, cut=False) if packed else None
     rows = (len(tokens) if packed else len(tokens) - 1) // window
     count = min(rows, max(1, limit // window))
     starts = window * np.linspace(0, rows - 1, count).round().astype(np.int64)
     for first in range(0, count, batch):
         some = starts[first : first + batch]
-        yield documents.read(some, window) if packed else _windows(tokens, some, window)
+        own = np.array_split(some, world)[rank]
+        rows = own if len(own) else some[:1]
+        read = documents.read(rows, window) if packed else _windows(tokens, rows, window)
+        if not len(own):
+            read = read._replace(targets=torch.full_like(read.targets, IGNORED))
+        yield read
 
 
 def _windows(tokens: Tokens, starts: np.ndarray, window: int) -> Batch:

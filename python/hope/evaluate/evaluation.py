@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
 import hope_ext
 from hope.config import ModelConfig, RunConfig, from_dict, override, to_dict
 from hope.errors import HopeError
+from hope.evaluate.aligned import aligned
 from hope.evaluate.task import IGNORED, Task
 from hope.files import atomic_file
-from hope.model import LanguageModel, parameter_count
+from hope.model import parameter_count
 from hope.train import TrainingDiverged, autocast, learning_rate, make_optimizer
 
 FILE = "evaluate.json"
@@ -150,7 +152,7 @@ def load_evaluation(out: Path) -> tuple[str, list[RunConfig], list[dict[str, Any
 def _figures(task: Task, config: RunConfig, device: torch.device, progress: bool) -> dict[str, Any]:
     train = config.train
     torch.manual_seed(train.seed)
-    model = LanguageModel(config.model).to(device)
+    model = task.model(config.model).to(device)
     optimizer = make_optimizer(model, train)
     generator = torch.Generator().manual_seed(train.seed)
     losses, start = [], time.perf_counter()
@@ -160,7 +162,7 @@ def _figures(task: Task, config: RunConfig, device: torch.device, progress: bool
             group["lr"] = learning_rate(train, step)
         tokens, targets = (part.to(device) for part in task.sample(train.batch, generator))
         with autocast(device, train):
-            loss = model.loss(tokens, targets)
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), train.clip)
         losses.append(round(loss.item(), 4))
@@ -175,7 +177,7 @@ def _figures(task: Task, config: RunConfig, device: torch.device, progress: bool
     seconds = time.perf_counter() - start
     return {
         "preset": config.preset,
-        "parameters": parameter_count(config.model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": train.steps,
         "seconds": seconds,
         "accuracy": accuracy(task, model.eval(), train.seed),
@@ -184,12 +186,12 @@ def _figures(task: Task, config: RunConfig, device: torch.device, progress: bool
 
 
 @torch.no_grad()
-def accuracy(task: Task, model: LanguageModel, seed: int = 0) -> dict[str, float]:
+def accuracy(task: Task, model: nn.Module, seed: int = 0) -> dict[str, float]:
     """The share of right answers in each of the task's settings, over the same examples always.
 
     They are other ones than those of a training with the same seed.
     """
-    device, result = model.embedding.weight.device, {}
+    device, result = next(model.parameters()).device, {}
     for number, (name, setting) in enumerate(task.settings.items(), 1):
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + number)
         right = asked = 0
@@ -215,11 +217,4 @@ def table(task: Task, runs: Sequence[dict[str, Any]]) -> str:
         )
         for run in runs
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    )
+    return aligned(rows)

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from hope.evaluate.task import IGNORED
+from hope.evaluate.task import IGNORED, Task
 
 
-class Recall:
+class Recall(Task):
     """`k1 v1 k2 v2 ... kN vN`, then every key again in another order, each before its value.
 
     The keys of a sequence differ, values may repeat. The model is asked for the value after each
@@ -17,6 +17,7 @@ class Recall:
     """
 
     name = "recall"
+    title = "associative recall: which value a key had"
     description = "the share of queried keys whose value the model names; by number of pairs"
     settings: ClassVar[dict[str, dict[str, Any]]] = {
         f"{pairs} pairs": {"pairs": pairs} for pairs in (4, 8, 16, 32)

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from hope.evaluate.task import IGNORED
+from hope.evaluate.task import IGNORED, Task
 
 _MODULI = (2, 5)
 _ANSWER = 2 + len(_MODULI)  # the token of count 0: after the two bits and the moduli's marks
 
 
-class StateTracking:
+class StateTracking(Task):
     """A mark that names the modulus, then bits; asked at every bit: the count of ones, modulo it.
 
     Training texts have 8, 16 or 32 bits. The model is judged by its answer at the last of 32, 64
@@ -20,6 +20,7 @@ class StateTracking:
     """
 
     name = "state-tracking"
+    title = "counting modulo 2 and 5"
     description = "the share of right answers at the end, by modulus and number of bits"
     settings: ClassVar[dict[str, dict[str, Any]]] = {
         f"mod {modulus}, {bits} bits": {"modulus": modulus, "bits": bits}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,23 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def zeros(parameter: Tensor) -> Tensor:
     """A state of a parameter."""
     return torch.zeros_like(parameter, dtype=wide(parameter.dtype))
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor that is cut over ranks (a DTensor); of others, all."""
+    return x.to_local() if _is_cut(x) else x
+
+
+def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The parameters that are cut over the same ranks together: one operation may take these."""
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        groups[parameter.device_mesh if _is_cut(parameter) else None].append(parameter)
+    return list(groups.values())
+
+
+def _is_cut(x: Tensor) -> bool:
+    return hasattr(x, "device_mesh")  # the class is slow to import
 
 
 def as_matrix(x: Tensor) -> Tensor:

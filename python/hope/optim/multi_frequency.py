@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 import hope_ext
-from hope.optim.base import Group, Optimizer, check_choice, check_count, check_number, wide, zeros
+from hope.optim.base import (
+    Group,
+    Optimizer,
+    check_choice,
+    check_count,
+    check_number,
+    local,
+    wide,
+    zeros,
+)
 
 RULES = ("adamw", "sgd")
 
@@ -35,6 +44,8 @@ class MultiFrequency(Optimizer):
     A scheduler may change the rate at any step: what is pending has been multiplied by the rate of
     its own step. `state_dict` holds what is pending, so that a run goes on in the middle of a
     period. A group whose period becomes 1 still subtracts what was pending.
+
+    The rule is for each number alone: parameters may be DTensors, cut over the ranks of a run.
 
     Args:
         params: parameters, or groups of them, such as
@@ -103,6 +114,5 @@ class MultiFrequency(Optimizer):
             for name in ("exp_avg", "exp_avg_sq")
         ]
         grads = [parameter.grad for parameter in params]
-        hope_ext.multi_frequency_step_(
-            params, grads, pending, *moments, periods, step, rule=rule, **numbers
-        )
+        tensors = [[local(x) for x in xs] for xs in (params, grads, pending, *moments)]
+        hope_ext.multi_frequency_step_(*tensors, periods, step, rule=rule, **numbers)

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hope.optim.base import local
+
 
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient became NaN or infinite; the message says where, and what is left."""
 
 
 def bad_parameter(model: nn.Module) -> str | None:
-    """The first parameter that is not finite, in words."""
+    """The first parameter that is not finite, in words; of what this rank has of the model."""
     found = (_bad(f"the parameter {name}", p) for name, p in model.named_parameters())
     return next(filter(None, found), None)
 
@@ -68,7 +70,7 @@ def first_bad_tensor(
 
 
 def _bad(what: str, tensor: Tensor) -> str | None:
-    tensor = tensor.detach()
+    tensor = local(tensor.detach())
     if tensor.isfinite().all():
         return None
     counts = {"NaN": int(tensor.isnan().sum()), "infinite": int(tensor.isinf().sum())}
@@ -78,7 +80,8 @@ def _bad(what: str, tensor: Tensor) -> str | None:
 
 def _overflow(model: nn.Module) -> str | None:
     """Where the gradient is largest, if squares of its entries have an infinite sum."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    parameters = model.named_parameters()
+    gradients = {name: local(p.grad) for name, p in parameters if p.grad is not None}
     norms = {name: gradient.norm() for name, gradient in gradients.items()}
     if all(norm.isfinite() for norm in norms.values()):
         return None

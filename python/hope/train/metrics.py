@@ -34,13 +34,17 @@ class Writer(Protocol):
 class Metrics:
     """Every writer that a run's settings ask for; the records of steps after `step` are removed.
 
-    Those are what a killed run wrote after its last checkpoint, and are written again. Raises
-    HopeError where a package is missing, before it writes anything.
+    Those are what a killed run wrote after its last checkpoint, and are written again. None: no
+    writer, because another rank writes. Raises HopeError where a package is missing, before it
+    writes anything.
     """
 
-    def __init__(self, config: RunConfig, out: Path, step: int) -> None:
+    def __init__(self, config: RunConfig, out: Path, step: int | None) -> None:
         check_packages(config)
-        self._writers: list[Writer] = [JsonLines(out / FILE, step)]
+        self._writers: list[Writer] = []
+        if step is None:
+            return
+        self._writers = [JsonLines(out / FILE, step)]
         if config.train.tensorboard:
             self._writers.append(TensorBoard(out / _TENSORBOARD, step))
         if config.train.wandb is not None:

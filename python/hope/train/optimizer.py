@@ -6,6 +6,7 @@ from torch import nn
 from hope.config import TrainConfig
 from hope.layers import ContinuumMemory
 from hope.optim import MultiFrequency
+from hope.optim.base import by_mesh
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -33,6 +34,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         ]
         if config.level_periods:
             groups[-2]["period"] = groups[-1]["period"] = period
+    # A fused step takes parameters that are cut over the same ranks.
+    groups = [
+        {**group, "params": alike} for group in groups for alike in by_mesh(group["params"]) or [[]]
+    ]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.level_periods:
         return MultiFrequency(groups, **options)

@@ -4,15 +4,21 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 
 class StopSignals:
-    """While open, a first SIGINT or SIGTERM is only noted; a second raises KeyboardInterrupt."""
+    """While open, a first SIGINT or SIGTERM is only noted; a second raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    grace: seconds in which a second one is taken for the first: what has started the processes of a
+    run may hand on a signal that they have received themselves.
+    """
+
+    def __init__(self, grace: float = 0.0) -> None:
+        self.grace, self._since = grace, 0.0
         self.received: signal.Signals | None = None
         self._stack = contextlib.ExitStack()
 
@@ -27,7 +33,10 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if time.monotonic() - self._since < self.grace:
+                return
             raise KeyboardInterrupt
+        self._since = time.monotonic()
         self.received = signal.Signals(number)
         # print is not safe in a handler: it may have interrupted another print.
         os.write(2, b"\nstopping after this step, with a checkpoint (again: at once, without)\n")

@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from hope.checkpoint import find_checkpoint, has_checkpoint, load_state, save_checkpoint
+from hope.checkpoint import (
+    find_checkpoint,
+    has_checkpoint,
+    load_model,
+    load_state,
+    save_checkpoint,
+)
 from hope.config import RunConfig
 from hope.data import Batch, Corpus, training_sampler
 from hope.errors import HopeError
@@ -29,6 +35,7 @@ from hope.plot import plot_loss
 from hope.train.divergence import TrainingDiverged, bad_parameter, first_bad_tensor
 from hope.train.metrics import FILE, Metrics, check_packages, remove_metrics
 from hope.train.optimizer import make_optimizer
+from hope.train.ranks import join
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopSignals
 from hope.train.validation import LN2, autocast, bits_per_byte, target_bytes, target_count
@@ -64,6 +71,10 @@ class Trainer:
     device and number of threads the losses are bitwise those of an uninterrupted run). Otherwise
     `out` must be new or empty. Raises HopeError where that is not so, or where the corpus is not
     the one that the run began with.
+
+    In a process group, all of its ranks make a Trainer, and do the same with it: together they
+    train as one process would, up to rounding, in the way of `config.parallel` (docs/scale.md). The
+    first one writes the files.
     """
 
     def __init__(
@@ -90,21 +101,22 @@ class Trainer:
             raise HopeError(f"{out} is not empty; {way}, or choose another --out")
         check_packages(config)
         train = config.train
+        self.ranks = join(config, self.device)
+        self.ranks.wait()  # or one would find in `out` what another has begun to write
         torch.manual_seed(train.seed)
         self.model = LanguageModel(config.model).to(self.device)
         self.model.checkpoint_activations = train.checkpoint_activations
-        self.loss = self._wrapped_loss()
+        self.loss = self.ranks.spread(self.model, train.compile)
         self.optimizer = make_optimizer(self.model, train)
-        self.sampler = training_sampler(corpus, train, packed=config.data.packed)
+        rank, world = self.ranks.data_rank, self.ranks.data
+        self.sampler = training_sampler(
+            corpus, train, packed=config.data.packed, rank=rank, world=world
+        )
         self.step, self.seconds = 0, 0.0
         self.validation: float | None = None
         self._saved: Path | None = None  # the newest checkpoint
         if checkpoint is not None:
             self._load(checkpoint)
-
-    def _wrapped_loss(self) -> Callable[..., Tensor]:
-        """What a training step calls: the one place that wraps the model."""
-        return torch.compile(self.model.loss) if self.config.train.compile else self.model.loss
 
     @property
     def tokens(self) -> int:
@@ -125,12 +137,16 @@ class Trainer:
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not progress,
+            disable=not (progress and self.ranks.first),
         )
         self.model.train()
-        metrics = Metrics(self.config, self.out, self.step)
-        with bar, contextlib.closing(metrics), StopSignals() as stop:
-            while self.step < train.steps and stop.received is None:
+        metrics = Metrics(self.config, self.out, self.step if self.ranks.first else None)
+        received = None
+        with bar, contextlib.closing(metrics), StopSignals(self.ranks.grace) as stop:
+            while self.step < train.steps:
+                received = self.ranks.stopped(stop.received)
+                if received is not None:
+                    break
                 record = self._train_step()
                 metrics.write(record)
                 if self.step % train.validate_every == 0 or self.step == train.steps:
@@ -146,7 +162,7 @@ class Trainer:
                 bar.update(train.tokens_per_step)
             if self.step > 0 and not self._is_saved():
                 self._save(metrics)
-        return self._finish(stop.received)
+        return self._finish(received)
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics."""
@@ -155,15 +171,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self._take_batches()
-        loss = self._backward(batches, self.loss)
-        norm = self._clip_gradient()
+        loss = self.ranks.mean(self._backward(batches, self.loss))
+        norm = self.ranks.clip(self.model, train.clip)
         # Of the text in the batch: a separator costs nats, too, but is no byte.
-        tokens = sum(map(target_count, batches))
         count = sum(target_bytes(batch, self.corpus.tokenizer) for batch in batches)
+        tokens, count = self.ranks.sum(sum(map(target_count, batches)), count)
         bits = loss.item() * tokens / max(1, count) / LN2
         values = {"train_bits_per_byte": bits, "gradient_norm": norm.item()}
         if not all(math.isfinite(value) for value in values.values()):
-            where = first_bad_tensor(self.model, lambda loss: self._backward(batches, loss))
+            where = self.ranks.first_of(bad_parameter(self.model))
+            if where is None:
+                found = first_bad_tensor(self.model, lambda loss: self._backward(batches, loss))
+                where = self.ranks.first_of(found)
             named = {name.replace("_", " "): value for name, value in values.items()}
             numbers = ", ".join(f"{name} {value}" for name, value in named.items())
             raise self._diverged(f"step {self.step + 1} ({numbers}, lr {rate:.2e})", where)
@@ -183,22 +202,26 @@ class Trainer:
 
     def _take_batches(self) -> list[Batch]:
         """The parts of a step's batch: the one place that knows the sampler."""
-        return [self.sampler.next_batch() for _ in range(self.config.train.accumulate)]
+        parts = range(self.config.train.accumulate)
+        return [self.ranks.part(self.sampler.next_batch()) for _ in parts]
 
     def _backward(self, batches: Sequence[Batch], loss_of: Callable[..., Tensor]) -> Tensor:
-        """Adds the gradient of the mean loss of all targets to the parameters'; that loss."""
+        """Adds the gradient of the mean loss of all targets to the parameters'; that loss.
+
+        On a grid each rank returns another number. Their mean is that loss, as the gradient is the
+        mean of the ranks'.
+        """
         counts = [target_count(batch) for batch in batches]
+        (whole,) = self.ranks.sum(sum(counts))
         total = torch.zeros((), device=self.device)
-        for batch, count in zip(batches, counts, strict=True):
-            with autocast(self.device, self.config.train):
-                loss = loss_of(*batch.to(self.device)) * (count / sum(counts))
-            loss.backward()
+        for number, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
+            with self.ranks.alone(last=number == len(batches)):
+                with autocast(self.device, self.config.train):
+                    share = count * self.ranks.parts / whole
+                    loss = loss_of(*batch.to(self.device)) * share
+                loss.backward()
             total += loss.detach()
         return total
-
-    def _clip_gradient(self) -> Tensor:
-        """Limits the gradient; its norm before that. The one place that sees it whole."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
 
     def _diverged(self, when: str, where: str | None) -> TrainingDiverged:
         if where is None:
@@ -216,13 +239,18 @@ class Trainer:
         self.model.eval()
         corpus, packed = self.corpus, self.config.data.packed
         value = bits_per_byte(
-            self.model, corpus.validation, self.config.train, corpus.tokenizer, packed=packed
+            self.model,
+            corpus.validation,
+            self.config.train,
+            corpus.tokenizer,
+            packed=packed,
+            ranks=self.ranks,
         )
         self.model.train()
         if not math.isfinite(value):
             when = f"the validation after step {self.step} (validation bits per byte {value})"
-            where = bad_parameter(self.model) or "not a parameter, so it came up on the way"
-            raise self._diverged(when, where)
+            bad = self.ranks.first_of(bad_parameter(self.model))
+            raise self._diverged(when, bad or "not a parameter, so it came up on the way")
         return value
 
     def _state(self) -> dict[str, Any]:
@@ -241,7 +269,7 @@ class Trainer:
 
     def _save(self, metrics: Metrics) -> None:
         """Writes a checkpoint, which is always one to go on from: its weights are finite."""
-        if bad := bad_parameter(self.model):
+        if bad := self.ranks.first_of(bad_parameter(self.model)):
             raise self._diverged(f"the update of step {self.step}", bad)
         metrics.flush()
         self._saved = save_checkpoint(
@@ -268,17 +296,17 @@ class Trainer:
 
     def _finish(self, received: signal.Signals | None) -> TrainResult:
         files = {"metrics": self.out / FILE}
+        if not self.ranks.first:
+            return TrainResult(self.validation, self.tokens, self.seconds, None, received, files)
         if self.step > 0:
             files["checkpoint"] = find_checkpoint(self.out)
             files["loss curve"] = self.out / "loss.png"
             plot_loss(files["metrics"], files["loss curve"], self.config.preset)
         sample = None
         if received is None:
-            self.model.eval()
+            model = self.model.eval() if self.ranks.whole else load_model(self.out, self.device)
             seed, tokenizer = self.config.train.seed, self.corpus.tokenizer
-            sample = "".join(
-                decode(generate(self.model, seed=seed, tokenizer=tokenizer), tokenizer)
-            )
+            sample = "".join(decode(generate(model, seed=seed, tokenizer=tokenizer), tokenizer))
             files["sample"] = self.out / "sample.txt"
             with atomic_file(files["sample"]) as path:
                 path.write_text(sample)

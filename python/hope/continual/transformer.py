@@ -1,4 +1,4 @@
-"""Continual learning: models that go on learning after their training."""
+"""A trained Transformer as the start of a model with a continuum memory system."""
 
 from dataclasses import replace
 from pathlib import Path
