@@ -51,7 +51,7 @@ def save_checkpoint(
 
     path = run / "checkpoints" / f"step-{step:08d}"
     weights = full_weights(model)
-    with _named_errors(run, step), _directory_of_all_ranks(path) as directory:
+    with named_errors(run, step), _directory_of_all_ranks(path) as directory:
         if _is_first():
             contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_file(contiguous, directory / _MODEL)
@@ -83,7 +83,7 @@ def _directory_of_all_ranks(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named_errors(run: Path, step: int) -> Iterator[None]:
+def named_errors(run: Path, step: int) -> Iterator[None]:
     """Says of a failed write, as an OSError, which checkpoint it was and what is left."""
     try:
         yield

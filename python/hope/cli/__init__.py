@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hope info | head`: the reader has seen enough
         return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a directory that may not be written
-        where = f"{error.filename}: " if error.filename else ""
+        name = error.filename2 or error.filename  # of two, what was to be written
+        where = f"{name}: " if name else ""
         return _failed(f"{where}{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if not _is_about_memory(error):

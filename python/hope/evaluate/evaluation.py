@@ -35,8 +35,19 @@ _EXAMPLES = 512  # that a model is judged by, for every setting
 _TOLERANCE = 0.03  # by which sizes may differ
 
 
+# Settings of a training that this one has no use for: texts are generated, models not kept.
+_UNUSED = (
+    *("accumulate", "checkpoint_activations", "compile", "tensorboard", "wandb"),
+    *("validate_every", "validation_tokens", "checkpoint_every", "keep_checkpoints"),
+)
+
+
 def small(config: RunConfig, task: Task, steps: int, settings: Sequence[str] = ()) -> RunConfig:
-    """`config` cut down to a model for `task`, trained for `steps`; with `settings` made last."""
+    """`config` cut down to a model for `task`, trained for `steps`; with `settings` made last.
+
+    HopeError for settings that have no effect here.
+    """
+    before = config
     config = override(
         config,
         [
@@ -47,6 +58,10 @@ def small(config: RunConfig, task: Task, steps: int, settings: Sequence[str] = (
             *settings,
         ],
     )
+    unused = [f"train.{n}" for n in _UNUSED if getattr(config.train, n) != getattr(before.train, n)]
+    unused += [n for n in ("data", "parallel") if getattr(config, n) != getattr(before, n)]
+    if unused:
+        raise HopeError(f"--set {unused[0]} has no effect on models that are trained on a task")
     return override(config, [f"train.tokens={steps * config.train.tokens_per_step}"])
 
 
