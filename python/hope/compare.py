@@ -116,10 +116,8 @@ def load_comparison(out: Path) -> list[RunConfig]:
     try:
         configs = json.loads(path.read_text())["configs"]
         return [from_dict(RunConfig, config) for config in configs]
-    except HopeError as error:
-        raise HopeError(f"{path} is not that of a comparison: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise HopeError(f"{path} is damaged, or no comparison: {error!r}") from error
+    except (HopeError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise HopeError(f"cannot read {path}: {error}") from error
 
 
 def figures(config: RunConfig, result: TrainResult) -> dict[str, Any]:

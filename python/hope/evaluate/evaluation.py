@@ -159,7 +159,7 @@ def load_evaluation(out: Path) -> tuple[str, list[RunConfig], list[dict[str, Any
     try:
         content = json.loads(path.read_text())
         task, configs, runs = content["task"], content["configs"], content["runs"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HopeError(f"cannot read {path}: {error}") from error
     return task, [from_dict(RunConfig, config) for config in configs], runs
 
