@@ -50,16 +50,15 @@ def check_arguments(setting: Setting) -> dict[str, Any]:
 
 
 def work(setting: Setting) -> dict[str, Work]:
-    """A multiply-add per tap; the backward computes the sums under SiLU again, and has two products
-    per tap of its own. SiLU itself is not counted."""
+    """SiLU itself is not counted."""
     shape = setting.shape
-    products = 2 * shape["B"] * shape["T"] * shape["C"] * shape["K"]
+    sizes = (shape["B"] * shape["T"], shape["C"], shape["K"])
     x = torch.empty(shape["B"], shape["T"], shape["C"], dtype=setting.dtype, device="meta")
     weight = torch.empty(shape["C"], shape["K"], device="meta")
     bytes_of = moved((x, weight), (x,))
     return {
-        FORWARD: Work(products, bytes_of[FORWARD]),
-        TRAINING: Work(4 * products, bytes_of[TRAINING]),
+        FORWARD: Work(testing.conv_flops(*sizes), bytes_of[FORWARD]),
+        TRAINING: Work(testing.conv_flops(*sizes, backward=True), bytes_of[TRAINING]),
     }
 
 

@@ -284,7 +284,11 @@ def peak_on_cpu(row: Row, setting: Setting, direction: str, small: Setting) -> i
 def _peak_here(row: Row, setting: Setting, direction: str, small: Setting, threads: int) -> int:
     torch.set_num_threads(threads)
     row.prepare(small).call(direction)()
-    call = row.prepare(setting).call(direction)
+    return growth(row.prepare(setting).call(direction))
+
+
+def growth(call: Call) -> int:
+    """By how many bytes the resident set's peak rises in a call, in this process."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps would be used again, and not counted
     (_PROC / "clear_refs").write_text("5")

@@ -51,14 +51,16 @@ def check_arguments(setting: Setting) -> dict[str, Any]:
 
 
 def operator_work(setting: Setting) -> dict[str, Work]:
-    """22 D F + 4 C (D + F) floating-point operations per token and head forward, and 3.5 times that
-    for both passes, whatever is computed again or skipped; bytes as for a linear memory."""
-    dim, hidden, chunk = (setting.shape[letter] for letter in "DFC")
-    forward = (22 * dim * hidden + 4 * chunk * (dim + hidden)) * _rows(setting)
+    """Operations as `titans_flops` counts them; bytes as for a linear memory."""
+    batch, tokens, heads, dim, hidden, chunk = (setting.shape[letter] for letter in "BTHDFC")
+    sizes = (batch * tokens, heads, dim, dim, chunk)
     moved = titans.operator_work(setting)
     return {
-        FORWARD: Work(forward, moved[FORWARD].bytes),
-        TRAINING: Work(7 * forward // 2, moved[TRAINING].bytes),
+        direction: Work(
+            testing.titans_flops(*sizes, hidden=hidden, backward=direction == TRAINING),
+            moved[direction].bytes,
+        )
+        for direction in (FORWARD, TRAINING)
     }
 
 

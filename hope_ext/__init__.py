@@ -5,6 +5,7 @@ Functions on tensors, each with native kernels and a definition in plain PyTorch
 """
 
 from hope_ext._build import build_info, kernel_report
+from hope_ext._flops import flop_formulas
 from hope_ext._load import has_cuda_kernels
 from hope_ext.cms import CmsState, cms_chain, cms_memory
 from hope_ext.conv import causal_conv
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv",
     "cms_chain",
     "cms_memory",
+    "flop_formulas",
     "has_cuda_kernels",
     "kernel_report",
     "multi_frequency_step_",

@@ -24,18 +24,25 @@ from pathlib import Path
 import torch
 
 from hope_ext import _load
+from hope_ext._flops import (
+    cms_flops,
+    conv_flops,
+    newton_schulz_flops,
+    selfmod_flops,
+    titans_flops,
+)
 from hope_ext.reference import cms as cms_reference
 from hope_ext.reference import newton_schulz as newton_schulz_reference
 from hope_ext.reference import selfmod as selfmod_reference
 from hope_ext.reference import titans as titans_reference
 from hope_ext.testing import cms, conv, multifreq, newton_schulz, selfmod, titans
 from hope_ext.testing.case import Case
-from hope_ext.testing.cms import cms_chain_inputs, cms_flops, cms_inputs
+from hope_ext.testing.cms import cms_chain_inputs, cms_inputs
 from hope_ext.testing.conv import conv_inputs
 from hope_ext.testing.multifreq import multifreq_inputs
-from hope_ext.testing.newton_schulz import newton_schulz_flops, newton_schulz_inputs
-from hope_ext.testing.selfmod import selfmod_flops, selfmod_inputs
-from hope_ext.testing.titans import CUDA_HEAD_SIZES, titans_flops, titans_inputs
+from hope_ext.testing.newton_schulz import newton_schulz_inputs
+from hope_ext.testing.selfmod import selfmod_inputs
+from hope_ext.testing.titans import CUDA_HEAD_SIZES, titans_inputs
 
 __all__ = [
     "BACKENDS",
@@ -46,6 +53,7 @@ __all__ = [
     "cms_chain_inputs",
     "cms_flops",
     "cms_inputs",
+    "conv_flops",
     "conv_inputs",
     "multifreq_inputs",
     "newton_schulz_flops",

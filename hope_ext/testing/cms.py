@@ -119,19 +119,6 @@ class _Draw:
         )
 
 
-def cms_flops(tokens: int, dim: int, hidden: int, *, learned: int) -> dict[str, int]:
-    """Floating-point operations of the products, forward and in the backward.
-
-    A token costs 4 D F to read and 8 D F in the backward; one of the `learned`, in chunks that the
-    memory learns from, 6 D F and 12 D F more. What is computed again is not counted.
-    """
-    size = dim * hidden
-    return {
-        "forward": 4 * size * tokens + 6 * size * learned,
-        "backward": 8 * size * tokens + 12 * size * learned,
-    }
-
-
 def _on_cuda(*sizes: int) -> bool:
     return all(size % CUDA_SIZES == 0 for size in sizes)
 

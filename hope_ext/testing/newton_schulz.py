@@ -29,12 +29,6 @@ def newton_schulz_inputs(
     return {"g": g.to(device, dtype), "steps": steps}
 
 
-def newton_schulz_flops(batch: int, rows: int, columns: int, steps: int) -> int:
-    """Of all products, of the symmetric ones A and A^2 only half."""
-    small, large = sorted((rows, columns))
-    return batch * steps * (small * small * large + small**3 + 2 * small * small * large)
-
-
 def _newton_schulz(name: str, *, tiny: bool = False, **options: Any) -> Case:
     return Case(
         "newton_schulz",

@@ -89,17 +89,6 @@ def selfmod_inputs(
     return arguments
 
 
-def selfmod_flops(tokens: int, heads: int, dim: int, hidden: int, chunk_size: int) -> int:
-    """Floating-point operations of the forward in chunks, whatever is computed again or skipped:
-    70 D F + 10 C F + 2 C D per token and head for deep memories; for linear ones (hidden 0), which
-    a chunk moves by one common matrix, 8 D^2 + 6 D^3 / C + 4 C D."""
-    if hidden == 0:
-        each = 8 * dim**2 + 6 * dim**3 // chunk_size + 4 * chunk_size * dim
-    else:
-        each = 70 * dim * hidden + 10 * chunk_size * hidden + 2 * chunk_size * dim
-    return tokens * heads * each
-
-
 CUDA_HEAD_SIZES = {16, 32, 64, 128}  # csrc/selfmod/selfmod_cuda.h
 
 

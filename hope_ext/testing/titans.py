@@ -91,21 +91,6 @@ def titans_inputs(
     return arguments
 
 
-def titans_flops(
-    tokens: int, heads: int, key: int, value: int, chunk_size: int, *, backward: bool = False
-) -> int:
-    """Floating-point operations of the dual form with momentum, per the algebra in
-    docs/derivations.md.
-
-    For key = value = D: 10 D^2 + 4 C D per token and head forward, 22 D^2 + 10 C D more with the
-    backward; what an
-    implementation recomputes or skips (triangles) is not counted.
-    """
-    state, scores = key * value, chunk_size * (key + value)
-    forward = 10 * state + 2 * scores
-    return tokens * heads * (forward + (22 * state + 5 * scores if backward else 0))
-
-
 CUDA_HEAD_SIZES = {16, 32, 64, 128}  # key and value sizes, csrc/titans/titans_cuda.h
 
 

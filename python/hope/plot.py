@@ -52,6 +52,29 @@ def plot_runs(runs: Sequence[dict[str, Any]], picture: Path) -> None:
     _save(figure, picture)
 
 
+def plot_bands(runs: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Draws the validation losses of runs (`hope.compare.figures`) over tokens as a PNG.
+
+    Runs of one preset, which differ in their seeds, are one line of means in a band from the lowest
+    to the highest.
+    """
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    for index, name in enumerate(dict.fromkeys(run["preset"] for run in runs)):
+        curves = [run["validation"] for run in runs if run["preset"] == name]
+        points = list(zip(*(curve["bits_per_byte"] for curve in curves), strict=True))
+        tokens, color = curves[0]["tokens"], f"C{index}"
+        means = [sum(values) / len(values) for values in points]
+        axes.plot(tokens, means, color=color, marker="o", markersize=3, label=name)
+        axes.fill_between(
+            tokens, [*map(min, points)], [*map(max, points)], color=color, alpha=0.2, linewidth=0
+        )
+    axes.set(xlabel="tokens of training", ylabel="bits per byte of the validation text")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, picture)
+
+
 def plot_matrices(results: Sequence[dict[str, Any]], domains: Sequence[str], picture: Path) -> None:
     """Draws what each domain's held-out text costs while they are learned in sequence, as a PNG.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from hope.cli import (
+    bench,
     compare,
     evaluate,
     export,
@@ -17,6 +18,7 @@ from hope.cli import (
     info,
     learn,
     memory,
+    profile,
     shards,
     tokenizer,
     train,
@@ -26,7 +28,7 @@ from hope.train import TrainingDiverged
 
 _COMMANDS = (
     *(train, compare, learn, evaluate, generate, export),
-    *(tokenizer, shards, memory, info),
+    *(tokenizer, shards, memory, profile, bench, info),
 )
 
 
