@@ -46,6 +46,8 @@ CALLS = {
     ),
     **{f"evaluate {name}": f"evaluate {name} tiny {_TASK} --out new" for name in TASKS},
     "memory": "memory tiny",
+    "profile": "profile run --sequence 8 --batch 1 --set train.seed=0 --out new",
+    "bench": "bench none",
     "info": "info",
 }
 LONG = "x" * 300  # no file system takes such a name
@@ -207,8 +209,10 @@ _OUT_OF_RANGE = {"--seed": str(2**70), "--depth": "2"}
 def _run_faults(command: str, call: str, name: str) -> list[tuple]:
     before, after = call.split(" run", 1)
     damages = DAMAGES | READ
-    if command == "export":  # which copies the weights as they are
+    if command == "export":  # copies the weights as they are
         del damages["not-finite"]
+    if command == "profile":  # reads no text
+        del damages["broken-tokenizer"], damages["tokenizer-directory"]
     return [
         (f"{before} {path}{after}", message) + ((1,) if path == LONG else ())
         for path, message in damages.items()
@@ -340,6 +344,8 @@ _KINDS = {
     "prompt": lambda command, call, name: [(f"{call} --prompt \udcff", "prompt must be text")],
     "anew": _nothing,
     "download": _nothing,
+    "op": _nothing,  # tests/test_hope_profile.py: the benchmark, another process, says what is wrong
+    "options": _nothing,
 }
 
 # What more than one option says.
