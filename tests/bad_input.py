@@ -344,7 +344,7 @@ _KINDS = {
     "prompt": lambda command, call, name: [(f"{call} --prompt \udcff", "prompt must be text")],
     "anew": _nothing,
     "download": _nothing,
-    "op": _nothing,  # tests/test_hope_profile.py: the benchmark, another process, says what is wrong
+    "op": _nothing,  # another process says what is wrong: tests/test_hope_profile.py
     "options": _nothing,
 }
 

@@ -153,6 +153,7 @@ def profile_step(step: TrainingStep, out: Path) -> Profile:
         try:  # it says nothing where it cannot write
             events = json.loads(path.read_text())["traceEvents"]
         except ValueError:
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)  # its own first half
             name = str(out / "trace.json")
             raise OSError(errno.EIO, "cannot be written whole", name) from None
     result = Profile(
