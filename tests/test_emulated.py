@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import device_of
-from emulator import build, library, mutate
+from emulator import build, library
 from laws import assert_devices_do_not_show, evaluate
 
 import hope_ext
@@ -120,27 +120,6 @@ def test_a_mistake_in_the_titans_kernel_is_found(bounds, tmp_path, mistake):
     assert message in run.stdout, run.stdout
     numbers = [n for n, text in enumerate(broken.splitlines(), 1) if re.search(line, text)]
     assert any(f"{source}:{n}" in run.stdout for n in numbers), f"{numbers}\n{run.stdout}"
-
-
-def test_mutants_of_a_line():
-    line = "    if (row < 8) __syncthreads();  // row < 8"
-    assert list(mutate.changes(line)) == [
-        "    if (row < 8) ;  // row < 8",
-        "    if (row <= 8) __syncthreads();  // row < 8",
-        "    if (row < 9) __syncthreads();  // row < 8",
-    ]
-    assert list(mutate.changes("    total += part;")) == ["    ;", "    total -= part;"]
-    assert list(mutate.changes("// a < b, 8")) == []
-
-
-def test_explained_survivors_are_in_the_sources():
-    lines = {
-        (file.name, line.strip())
-        for file in mutate.kernel_files()
-        for line in (mutate.CSRC / file).read_text().splitlines()
-    }
-    gone = [entry for entry in mutate.known() if entry[:2] not in lines]
-    assert gone == [], "survivors.md explains lines that are no more"
 
 
 # ---- the device ----------------------------------------------------------------------------------

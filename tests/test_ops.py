@@ -84,13 +84,16 @@ def test_gradcheck(case: Case):
 
 @each_case_on_each_backend
 def test_poison(case: Case, backend: str):
-    """Every element of every output is written: torch fills fresh memory with NaN here."""
-    arguments = case.make(torch.float32, device_of(backend))
+    """Every element of every output, and of what a backward is given, is written: torch fills
+    fresh memory with NaN here."""
+    arguments, kept = case.make(torch.float32, device_of(backend)), []
     torch.use_deterministic_algorithms(True)
     try:
-        results = evaluate(case, arguments, backend)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            results = evaluate(case, arguments, backend)
     finally:
         torch.use_deterministic_algorithms(False)
+    results += [(f"kept {i}", x) for i, x in enumerate(kept)]
     for name, x in results:
         assert torch.isfinite(x).all(), name
 

@@ -74,14 +74,15 @@ def stepped(
     step: int,
     **options: Any,
 ) -> tuple[list[Tensor], ...]:
-    """What `multi_frequency_step_` makes of copies with the same strides."""
+    """What `multi_frequency_step_` makes of copies that lie in memory as the originals do."""
     lists = [list(map(_copy, tensors)) for tensors in (params, pending, exp_avgs, exp_avg_sqs)]
     hope_ext.multi_frequency_step_(lists[0], grads, *lists[1:], periods, step, **options)
     return tuple(lists)
 
 
 def _copy(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    memory = x.new_empty(x.untyped_storage().nbytes() // x.element_size())
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
 
 def _multifreq(name: str, *, tiny: bool = False, **options: Any) -> Case:

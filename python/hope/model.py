@@ -71,12 +71,15 @@ class Block(nn.Module):
         state: MixerState | None,
         levels: CmsStates | None,
         cu_seqlens: Tensor | None,
+        *,
+        return_levels: bool = True,
     ) -> tuple[Tensor, MixerState, CmsStates]:
+        """return_levels: False spares a CMS what it would learn from its last chunks."""
         y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
         x = x + y
         if self.cms is None:
             return x + self.mlp(self.mlp_norm(x)), state, ()
-        x, levels = self.cms(x, levels, cu_seqlens)
+        x, levels = self.cms(x, levels, cu_seqlens, return_states=return_levels)
         return x, state, levels
 
 
@@ -136,7 +139,7 @@ class LanguageModel(nn.Module):
         return_state: also returns the state after the last token. Raises ValueError on a wrong
         shape or state.
         """
-        x, state = self.features(tokens, state, cu_seqlens)
+        x, state = self.features(tokens, state, cu_seqlens, return_state=return_state)
         logits = self.head(x)
         return (logits, state) if return_state else logits
 
@@ -146,10 +149,13 @@ class LanguageModel(nn.Module):
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         *,
+        return_state: bool = True,
         call: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ModelState]:
         """What the head reads, [B, T, dim], and the state after the last token; as `forward`.
 
+        return_state: False spares the work that only the state would show; no text can go on from
+        the one that comes back.
         call: calls a block, `call(block, *its arguments)`, such as torch.utils.checkpoint, which is
         what `checkpoint_activations` stands for.
         """
@@ -169,8 +175,8 @@ class LanguageModel(nn.Module):
             call = partial(checkpoint, use_reentrant=False)
         layers, cms = [], []
         for block, before in zip(self.blocks, carried, strict=True):
-            arguments = (x, *before, cu_seqlens)
-            x, layer, levels = block(*arguments) if call is None else call(block, *arguments)
+            made = (block, x, *before, cu_seqlens) if call is not None else (x, *before, cu_seqlens)
+            x, layer, levels = (call or block)(*made, return_levels=return_state)
             layers.append(layer)
             cms.append(levels)
         return self.norm(x), ModelState(tuple(layers), tuple(cms))

@@ -44,7 +44,8 @@ _TINY_CONV_ATTENTION = replace(
 )
 
 
-# A 32nd of the paper's 512 to 32,768: two of four levels move within a training sequence.
+# A 32nd of the paper's 512 to 32,768: two of four levels move within a training sequence. CUDA's
+# kernels want MLPs whose widths are multiples of 16, so models with it have such.
 _TINY_CMS = CmsConfig(chunk_sizes=(16, 64, 256, 1024))
 
 
@@ -108,8 +109,8 @@ PRESETS: dict[str, RunConfig] = {
         _tiny("tiny-mal", 2.0, MalConfig(heads=4, head_dim=32, window=_WINDOW)),
         _tiny("tiny-gelu", 4.6875, AttentionConfig(heads=4, head_dim=32), mlp="gelu"),
         _tiny("hope-tiny", 2.8125, HopeConfig(heads=4, head_dim=32)),
-        _tiny("hope-tiny-cms", 3.6875, HopeConfig(heads=4, head_dim=32), cms=_TINY_CMS),
-        _tiny("hope-attention-tiny", 4.1875, AttentionConfig(heads=4, head_dim=32), cms=_TINY_CMS),
+        _tiny("hope-tiny-cms", 3.5, HopeConfig(heads=4, head_dim=32), cms=_TINY_CMS),
+        _tiny("hope-attention-tiny", 4.0, AttentionConfig(heads=4, head_dim=32), cms=_TINY_CMS),
         _large("125m", _titans(768, 16), lr=1.5e-3, tokens=2_500_000_000, batch=64),
         _large("340m", _titans(1024, 25), lr=1e-3, tokens=7_000_000_000, batch=128),
         _large("760m", _titans(1536, 25), lr=7e-4, tokens=15_000_000_000, batch=128),

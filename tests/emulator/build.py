@@ -277,6 +277,16 @@ def compile_object(
     return output
 
 
+def complaints(
+    source: Path, *, defines: Iterable[str] = (), flags: Iterable[str] = (), csrc: Path
+) -> str:
+    """All that the compiler has against a kernel, in `plain`; empty if it takes it."""
+    command = [compiler(), *_flags(source, "plain", (), defines, csrc), *flags]
+    command += ["-fsyntax-only", "-fmax-errors=0", str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    return run.stderr if run.returncode else ""
+
+
 def precompile(
     names: Iterable[str],
     folder: Path,
@@ -402,4 +412,18 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
+    )
+
+
+def start(
+    command: Iterable[str | Path], variant: str, *, extra: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    """Starts a program that loads a build; it reads lines from us, and writes lines to us."""
+    return subprocess.Popen(
+        [*_launcher(variant), *map(str, command)],
+        env={**environment(variant, preload=True), **extra},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     )

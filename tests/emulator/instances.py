@@ -12,6 +12,7 @@ definitions give is kept in FILE, since sanitizers slow Python down; without see
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import re
@@ -69,8 +70,24 @@ def _shifted_inputs(*args, **options) -> dict:
     return arguments
 
 
+def _shifted_pieces(*args, **options) -> dict:
+    """Where a piece of a tensor, each time another, begins where four elements cannot be loaded at
+    once; and in the end all pieces of one."""
+    arguments = testing.multifreq_inputs(*args, **options)
+    pieces = [
+        arguments[piece]
+        for piece in ("params", "grads", "pending", "exp_avgs", "exp_avg_sqs")
+        if arguments[piece]
+    ]
+    for i, piece in enumerate(pieces):
+        for shifted in (i, len(piece) - 1):
+            x = piece[shifted]
+            piece[shifted] = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    return arguments
+
+
 def _conv(name: str, inputs=testing.conv_inputs, **options) -> Case:
-    make = functools.partial(inputs, tail=True, **options)
+    make = functools.partial(inputs, **{"tail": True, **options})
     return Case("conv", name, hope_ext.causal_conv, make, everything="return_tail")
 
 
@@ -95,8 +112,28 @@ def _cms(name: str, **options) -> Case:
     return Case("cms", name, hope_ext.cms_memory, make)
 
 
+def _alone(case: Case) -> Iterator[Instance]:
+    """Where nobody wants, or gives a gradient for, the final state; or only for that."""
+    output = dataclasses.replace(case, name=f"{case.name}-output", everything=None)
+    yield Instance(output, torch.float32, {})
+
+    def state(**arguments) -> object:
+        return case.function(**arguments)[1]
+
+    of_state = dataclasses.replace(case, name=f"{case.name}-state", function=state)
+    yield Instance(of_state, torch.float32, {})
+
+
 def instances() -> Iterator[Instance]:
     yield from _of_optimizers()
+    for width in (4, 9):
+        yield from _alone(_conv(f"alone-{width}", width=width, batch=2, tokens=19, channels=8))
+    one = {"batch": 1, "heads": 1, "tokens": 20}
+    for kind, hidden in (("linear", None), ("deep", 32)):
+        size = {"key": 32, "value": 32, "hidden": hidden}
+        yield from _alone(_titans(f"{kind}-alone-32x32", **one, **size))
+        yield from _alone(_selfmod(f"{kind}-alone", **one, hidden=hidden))
+    yield from _alone(_cms("alone", tokens=20))
     for dtype in NARROW:
         for key, value, other, way in (
             (16, 64, 16, {}),
@@ -157,6 +194,11 @@ def instances() -> Iterator[Instance]:
         # As many segments as one block has, not one less.
         yield Instance(_conv("whole-block", batch=1, tokens=128, channels=20), dtype, {})
         yield Instance(_conv("unaligned", batch=2, tokens=19, channels=6), dtype, {})
+        yield Instance(_conv("one-channel", batch=2, tokens=19, channels=1), dtype, {})
+        for width in (4, 9):  # zeros before the first token
+            yield Instance(
+                _conv(f"no-tail-{width}", width=width, batch=2, tokens=19, tail=False), dtype, {}
+            )
         yield Instance(_conv("shifted", _shifted_inputs, batch=2, tokens=19, channels=8), dtype, {})
 
 
@@ -166,7 +208,16 @@ def _of_optimizers() -> Iterator[Instance]:
         for rows, columns in ((20, 33), (33, 20), (140, 270), (270, 140)):
             sizes = {"batch": (1,), "rows": rows, "columns": columns, "steps": 2}
             yield Instance(_newton_schulz(f"{rows}x{columns}", **sizes), dtype, {}, False)
+        # Several matrices, and both buffers again; the last is made of whole slabs.
+        for rows, columns in ((20, 33), (33, 20), (32, 64)):
+            sizes = {"batch": (3,), "rows": rows, "columns": columns, "steps": 3}
+            yield Instance(_newton_schulz(f"batch-{rows}x{columns}", **sizes), dtype, {}, False)
         for rule in ("adamw", "sgd"):
+            same = {"shapes": [(300,)] * 6, "periods": [1] * 6, "step": 2, "rule": rule}
+            made = _without_derivative(
+                stepped, _shifted_pieces, "multifreq", f"{rule}-unaligned", **same
+            )
+            yield Instance(made, dtype, {}, False)
             for grad_dtype in (torch.float32, torch.bfloat16):
                 name = f"{rule}-{str(grad_dtype).removeprefix('torch.')}-gradients"
                 many = [(n,) for n in (5000, 3, 4099, *range(1, 75))]
@@ -280,6 +331,14 @@ def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
         )
         # Weights are kept at every third chunk or so: several groups to go over.
         yield Instance(_cms(f"groups-{size}", tokens=23, chunk_size=3), dtype, device)
+    # Nothing but whole tiles; one chunk, and as many as so many tokens can have.
+    whole = {"tokens": 70, "dim": 64, "hidden": 128, "chunk_size": 64}
+    yield Instance(_cms("whole", **one, **whole), dtype, IDLE)
+    yield Instance(_cms("one-chunk", tokens=9), dtype, IDLE)
+    # The first sequence is empty, the last has few of the chunks; all begin with the same weights.
+    packed = {"tokens": 23, "chunk_size": 3, "bounds": [0, 0, 20, 23]}
+    yield Instance(_cms("empty-first", **one, **packed), dtype, IDLE)
+    yield Instance(_cms("most-chunks", tokens=18, positions=[15, 0]), dtype, IDLE)
     yield Instance(_cms("step", batch=4, tokens=1, positions=[0, 3, 14, 15]), dtype, {}, False)
 
 
@@ -295,24 +354,33 @@ def check(
     ``bounds`` are those of some instances, by name; the others' are computed.
     """
     for instance in instances():
-        name, (case, dtype, device, trains) = str(instance), instance
-        if not re.search(match, name):
-            continue
-        known = bounds.get(name)
-        if trains and not backward:
-            trains, known = False, known and [b for b in known if "without gradient" in b.name]
-        for seed in seeds:
-            settings = {**device, "EMULATOR_SEED": str(seed)}
-            before = {setting: os.environ.get(setting) for setting in settings}
-            os.environ.update(settings)
-            print(f"{name}, seed {seed}", end=": ", flush=True)
-            begin = time.monotonic()
-            assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known)
-            print(f"{time.monotonic() - begin:.1f} s")
-            for setting, value in before.items():
-                os.environ.pop(setting, None)
-                if value is not None:
-                    os.environ[setting] = value
+        if re.search(match, str(instance)):
+            check_one(instance, seeds, bounds, backward=backward)
+
+
+def check_one(
+    instance: Instance,
+    seeds: Iterable[int],
+    bounds: Mapping[str, list[Bound]],
+    *,
+    backward: bool = True,
+) -> None:
+    name, (case, dtype, device, trains) = str(instance), instance
+    known = bounds.get(name)
+    if trains and not backward:
+        trains, known = False, known and [b for b in known if "without gradient" in b.name]
+    for seed in seeds:
+        settings = {**device, "EMULATOR_SEED": str(seed)}
+        before = {setting: os.environ.get(setting) for setting in settings}
+        os.environ.update(settings)
+        print(f"{name}, seed {seed}", end=": ", flush=True)
+        begin = time.monotonic()
+        assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known)
+        print(f"{time.monotonic() - begin:.1f} s")
+        for setting, value in before.items():
+            os.environ.pop(setting, None)
+            if value is not None:
+                os.environ[setting] = value
 
 
 def main() -> int:

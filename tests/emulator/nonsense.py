@@ -1,9 +1,9 @@
 """Runs packed cases with bounds that nobody has looked at, in a library with AddressSanitizer.
 
-    python nonsense.py LIBRARY [OPERATOR]
+    python nonsense.py LIBRARY [OPERATOR ...]
 
 On a GPU the values of cu_seqlens are not checked: a kernel may do with them what it likes, except
-touch other memory. Prints "all done" in the end. OPERATOR: only the cases of one.
+touch other memory. Prints "all done" in the end. OPERATOR: only the cases of these.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SEEDS = 8
 def main() -> int:
     testing.use_emulated(sys.argv[1])
     _check.cu_seqlens = lambda bounds, rows, like="q": len(bounds) - 1
-    operator = "".join(sys.argv[2:])
+    operators = tuple(sys.argv[2:]) or ""
     for case in testing.CASES:
-        if not str(case).startswith(operator):
+        if not str(case).startswith(operators):
             continue
         arguments = case.make(torch.float32, "cpu")
         if "cu_seqlens" not in arguments or not case.runs_on("emulated"):

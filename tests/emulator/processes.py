@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+PATIENCE = 10.0  # seconds for which a process may wait and do nothing
+
 
 class Said(NamedTuple):
     """How a process ended; None if it did not."""
@@ -50,10 +52,12 @@ def forked(work: Callable[[], None], seconds: float) -> Said:
             finally:
                 sys.stdout.flush()
                 os._exit(status)
-        begin = time.monotonic()
+        worked, last = time.monotonic(), -1.0
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
             waits, used = activity(child)
-            if used > seconds or (waits and time.monotonic() - begin > seconds):
+            if used > last:
+                worked, last = time.monotonic(), used
+            if used > seconds or (waits and time.monotonic() - worked > max(seconds, PATIENCE)):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return Said(None, "")

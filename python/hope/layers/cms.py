@@ -55,8 +55,9 @@ class ContinuumMemory(nn.Module):
     moves, from where that one is; all learn, and the fastest answers.
 
     `forward(x, states=None, cu_seqlens=None)` also returns the levels' states, which a later call
-    takes. Without `updates` there is nothing to learn, no P and no rates, and no state: one level
-    is the MLP of two matrices, bit for bit.
+    takes; with `return_states=False` there are none, and what nobody would read is not learned.
+    Without `updates` there is nothing to learn, no P and no rates, and no state: one level is the
+    MLP of two matrices, bit for bit.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -82,7 +83,12 @@ class ContinuumMemory(nn.Module):
         return [level.mlp.down for level in self.levels] + targets
 
     def forward(
-        self, x: Tensor, states: CmsStates | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        states: CmsStates | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_states: bool = True,
     ) -> tuple[Tensor, CmsStates]:
         config = self.config
         if states is not None and len(states) != len(config.chunk_sizes) * config.updates:
@@ -94,9 +100,12 @@ class ContinuumMemory(nn.Module):
         for i, level in enumerate(self.levels):
             n = level.norm(x if config.variant == "independent" else h)
             if config.updates:
-                state = None if states is None else states[i]
-                y, state = self._learn(i, n, self.target(n), self._rate(i, n), state, cu_seqlens)
-                after.append(state)
+                learned = (i, n, self.target(n), self._rate(i, n), states and states[i], cu_seqlens)
+                if return_states:
+                    y, state = self._learn(*learned, return_state=True)
+                    after.append(state)
+                else:
+                    y = self._learn(*learned, return_state=False)
             else:
                 y = level.mlp(n)
             h = h + y
@@ -110,8 +119,10 @@ class ContinuumMemory(nn.Module):
         rate: Tensor,
         state: hope_ext.CmsState | None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, hope_ext.CmsState]:
-        """What level i answers to n [B, T, dim], while it learns."""
+        *,
+        return_state: bool = True,
+    ) -> Tensor | tuple[Tensor, hope_ext.CmsState]:
+        """What level i answers to n [B, T, dim], while it learns; its state, too, if asked for."""
         weights = self.levels[i % len(self.levels)].matrices()
         if state is None:  # or the operator would make every sequence's copy contiguous
             weights = tuple(w.contiguous() for w in weights)
@@ -126,7 +137,7 @@ class ContinuumMemory(nn.Module):
             objective="l2",
             residual=False,
             cu_seqlens=cu_seqlens,
-            return_state=True,
+            return_state=return_state,
         )
 
     def _rate(self, i: int, n: Tensor) -> Tensor:
@@ -142,7 +153,10 @@ class ContinuumMemory(nn.Module):
     def _nested(
         self, x: Tensor, states: CmsStates | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, CmsStates]:
-        """Levels start anew at tokens of the text: rows that are not at one place go alone."""
+        """Levels start anew at tokens of the text: rows that are not at one place go alone.
+
+        They always return their states: between two cuts they are needed.
+        """
         n = self.levels[0].norm(x)
         target = self.target(n)
         rates = torch.stack([self._rate(i, n) for i in range(len(self.rates))])  # [k, B, T]

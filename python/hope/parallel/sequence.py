@@ -154,7 +154,7 @@ def pass_states(model: LanguageModel, group: dist.ProcessGroup) -> Relay:
     relay = Relay(group)
     dist.barrier(group)  # NCCL wants the first call in a group to be one of all its ranks
     for number, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(_Before(relay, number))
+        block.register_forward_pre_hook(_Before(relay, number), with_kwargs=True)
         block.register_forward_hook(_After(relay, number))
     model.register_forward_pre_hook(lambda *_: relay.begin())
     model.register_forward_hook(lambda *_: relay.end())
@@ -166,13 +166,17 @@ class _Before:
     relay: Relay
     number: int
 
-    def __call__(self, block: Block, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __call__(
+        self, block: Block, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x, state, levels, cu_seqlens = args
+        if not self.relay.last:  # what nobody here asks for, the next rank does
+            options = {**options, "return_levels": True}
         if state is not None or cu_seqlens is not None:
             got = "a state" if cu_seqlens is None else "cu_seqlens"
             raise ValueError(f"sequence ranks take the tokens of one text each row, without {got}")
         if self.relay.first:
-            return None
+            return args, options
         leaves, structure = pytree.tree_flatten(self.relay.announced(_key(self.number, x)))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         starts = [p for p in _starts(block) if p.requires_grad]
@@ -181,7 +185,7 @@ class _Before:
         for i, leaf in zip(places, received, strict=True):
             leaves[i] = leaf
         state, levels = pytree.tree_unflatten(leaves, structure)
-        return x, state, levels, None
+        return (x, state, levels, None), options
 
 
 @dataclass
