@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _print_any_text()
     try:
+        if not options.many and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise HopeError("of all commands only `hope train` runs on many processes")
         status = options.command(options)
         sys.stdout.flush()
         return status
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train and use language models with memories that learn while they read.",
         epilog="Start with: hope train    (minutes on a CPU; downloads nothing)",
     )
+    parser.set_defaults(many=False)  # whether torchrun may start it
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
