@@ -28,6 +28,7 @@ from hope import (
 from hope import checkpoint as checkpoints
 from hope.checkpoint import find_checkpoint, save_checkpoint
 from hope.cli import main
+from hope.tokenizers import train_tokenizer
 from hope.train import make_optimizer
 from hope.training_state import load_state, save_state
 from torch import nn
@@ -364,12 +365,13 @@ def test_a_disk_that_is_full_in_truth(tmp_path, text):
 
 def test_export_copies_a_model_that_loads(run, tmp_path, capsys):
     tokenizer = find_checkpoint(run) / "tokenizer.json"
-    tokenizer.write_text("{}")
+    train_tokenizer([b"some text"], 260).save(tokenizer.parent)
     out = tmp_path / "models" / "mine"
     assert main(["export", str(run), str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
         *("model.safetensors", "config.json", "tokenizer.json")
     }
+    assert (out / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
     tokenizer.unlink()
     (out / "tokenizer.json").unlink()  # what it says is not the point here
     assert str(out / "model.safetensors") in capsys.readouterr().out

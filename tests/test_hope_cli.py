@@ -247,3 +247,11 @@ def test_ctrl_c_keeps_a_usable_checkpoint(train, text, tmp_path):
     assert "Traceback" not in err
     assert "continue with: hope train --resume --out run" in out
     assert main(["generate", "run", "--length", "3"]) == 0
+
+
+def test_what_cannot_share_its_work_refuses_many_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["info"]) == 2
+    assert "only `hope train` runs on many processes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["info"]) == 0

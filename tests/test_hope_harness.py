@@ -89,7 +89,7 @@ def test_a_context_is_read_once_for_all_its_answers(model, monkeypatch):
     read = []
     features = model.features
     monkeypatch.setattr(
-        model, "features", lambda x, *rest: read.append(x.numel()) or features(x, *rest)
+        model, "features", lambda x, *a, **k: read.append(x.numel()) or features(x, *a, **k)
     )
     context, answers = "a context of some length " * 8 + "?", [" a", " b", " c", " d"]
     lm = HopeLM(Reader(model, batch=4))
@@ -124,7 +124,9 @@ def test_what_is_generated_is_what_generate_writes_up_to_a_stop(model, monkeypat
     assert len(generated(("some text", {"until": ["no such"]}))[0]) <= 256
 
     calls, features = [], model.features  # what comes after a stop is not written
-    monkeypatch.setattr(model, "features", lambda x, *rest: calls.append(x) or features(x, *rest))
+    monkeypatch.setattr(
+        model, "features", lambda x, *a, **k: calls.append(x) or features(x, *a, **k)
+    )
     generated(("some text", {**limit, "until": [stop]}))
     context = math.ceil(len("some text") / 4)
     assert len(calls) == context + len((whole[0].split(stop)[0] + stop).encode())

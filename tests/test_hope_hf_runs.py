@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from hope import HopeError, LanguageModel, ModelConfig, RunConfig, TitansConfig, decode, generate
+from hope.cli import main
 from hope.config import to_dict
 from hope.tokenizers import BYTES, train_tokenizer
 from hypothesis import given, settings
@@ -86,7 +87,7 @@ def test_a_saved_tokenizer_is_the_same(tmp_path):
 
 def test_an_exported_run_writes_what_hope_generate_writes(tmp_path):
     ours = write_run(tmp_path / "run")
-    hf.export(tmp_path / "run", tmp_path / "out")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", "hf"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert type(model) is hf.HopeForCausalLM

@@ -24,7 +24,7 @@ from hope.config import RunConfig, from_dict, to_dict
 from hope.errors import HopeError
 from hope.files import atomic_directory, partial_directory, remove_partial
 from hope.model import LanguageModel, parameter_shapes
-from hope.tokenizers import BYTES, Tokenizer
+from hope.tokenizers import BYTES, Tokenizer, load_tokenizer
 
 _MODEL, _CONFIG, _STATE, _TOKENIZER = "model.safetensors", "config.json", "state", "tokenizer.json"
 _OLD_STATE = "trainer.pt"
@@ -51,7 +51,7 @@ def save_checkpoint(
 
     path = run / "checkpoints" / f"step-{step:08d}"
     weights = full_weights(model)
-    with _named_errors(run, step), _directory_of_all_ranks(path) as directory:
+    with named_errors(run, step), _directory_of_all_ranks(path) as directory:
         if _is_first():
             contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_file(contiguous, directory / _MODEL)
@@ -83,7 +83,7 @@ def _directory_of_all_ranks(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named_errors(run: Path, step: int) -> Iterator[None]:
+def named_errors(run: Path, step: int) -> Iterator[None]:
     """Says of a failed write, as an OSError, which checkpoint it was and what is left."""
     try:
         yield
@@ -135,7 +135,9 @@ def load_config(checkpoint: Path) -> RunConfig:
         return from_dict(RunConfig, json.loads(path.read_text()))
     except HopeError as error:
         raise HopeError(f"{path} is not the config of a run: {error}") from error
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor text
+    except OSError as error:
+        raise HopeError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: neither JSON nor text
         raise HopeError(f"cannot read {path}: {error}") from error
 
 
@@ -143,7 +145,11 @@ def load_weights(model: LanguageModel, checkpoint: Path) -> None:
     """Reads a checkpoint's weights into `model`, onto the device it is on."""
     path = checkpoint / _MODEL
     _check_weights(model, path)
-    model.load_state_dict(load_file(path))
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise HopeError(f"{path} is damaged: {name} has numbers that are not finite")
+    model.load_state_dict(weights)
 
 
 def _check_weights(model: LanguageModel, path: Path) -> None:
@@ -217,6 +223,7 @@ def export_model(path: Path, out: Path) -> list[Path]:
     with torch.device("meta"):
         model = LanguageModel(load_config(checkpoint).model)
     _check_weights(model, checkpoint / _MODEL)
+    load_tokenizer(checkpoint)  # raises HopeError for a damaged one
     sources = [checkpoint / name for name in (_MODEL, _CONFIG, _TOKENIZER)]
     sources = [source for source in sources if source.exists()]
     with atomic_directory(out) as directory:

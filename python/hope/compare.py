@@ -115,9 +115,9 @@ def load_comparison(out: Path) -> list[RunConfig]:
         raise HopeError(f"there is no comparison in {out}: {path} is missing")
     try:
         configs = json.loads(path.read_text())["configs"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        return [from_dict(RunConfig, config) for config in configs]
+    except (HopeError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HopeError(f"cannot read {path}: {error}") from error
-    return [from_dict(RunConfig, config) for config in configs]
 
 
 def figures(config: RunConfig, result: TrainResult) -> dict[str, Any]:

@@ -13,36 +13,49 @@ _TEMPORARY = ".partial-"
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path; what is written there replaces `path` when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    with _naming(path):
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            _sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """The same for a new directory; `path` must not exist, or be empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = partial_directory(path)
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
-    temporary.mkdir()
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = partial_directory(path)
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        temporary.mkdir()
+        try:
+            yield temporary
+            for part in temporary.rglob("*"):
+                _sync(part)
+            _sync(temporary)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names `path` in an OSError of the system that names no file, or a temporary one."""
     try:
-        yield temporary
-        for part in temporary.rglob("*"):
-            _sync(part)
-        _sync(temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except OSError as error:
+        if error.errno and (error.filename is None or _TEMPORARY in str(error.filename)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    _sync(path.parent)
 
 
 def partial_directory(path: Path) -> Path:

@@ -37,13 +37,18 @@ def generate(
         raise HopeError(f"temperature must be at least 0, not {temperature}")
     if top_k is not None and top_k < 1:
         raise HopeError(f"top_k must be at least 1, not {top_k}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise HopeError(f"seed must be a number of 64 bits, not {seed}")
     device = model.embedding.weight.device
     random = torch.Generator(device)
     if seed is None:
         random.seed()
     else:
         random.manual_seed(seed)
-    text = prompt.encode() if isinstance(prompt, str) else prompt
+    try:
+        text = prompt.encode() if isinstance(prompt, str) else prompt
+    except UnicodeEncodeError as error:
+        raise HopeError(f"prompt must be text in UTF-8, not {prompt!a}") from error
     if model.config.vocab_size < tokenizer.vocab_size:
         raise HopeError(
             f"tokenizer has {tokenizer.vocab_size:,} tokens, but the model knows "

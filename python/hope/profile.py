@@ -4,6 +4,7 @@ A profile is a directory: `profile.json` (the figures of every operator) and `tr
 viewer of chrome traces shows (chrome://tracing, Perfetto).
 """
 
+import errno
 import json
 import statistics
 import time
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hope_ext
 from hope.config import RunConfig, to_dict
+from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.model import LanguageModel
 from hope.train import autocast, make_optimizer
@@ -123,7 +125,12 @@ class Profile:
 
 
 def profile_step(step: TrainingStep, out: Path) -> Profile:
-    """Profiles one step of `step`, after a few; writes `profile.json` and `trace.json` to `out`."""
+    """Profiles one step of `step`, after a few; writes `profile.json` and `trace.json` to `out`.
+
+    Raises HopeError where `out` is not new or empty, OSError where it cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise HopeError(f"{out} is not empty; choose another --out for the profile")
     out.mkdir(parents=True, exist_ok=True)
     device = step.device.type
     for _ in range(WARM_UP_STEPS):
@@ -143,11 +150,17 @@ def profile_step(step: TrainingStep, out: Path) -> Profile:
         _wait(device)
     with atomic_file(out / "trace.json") as path:
         watched.export_chrome_trace(str(path))
+        try:  # it says nothing where it cannot write
+            events = json.loads(path.read_text())["traceEvents"]
+        except ValueError:
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)  # its own first half
+            name = str(out / "trace.json")
+            raise OSError(errno.EIO, "cannot be written whole", name) from None
     result = Profile(
         to_dict(step.config),
         device,
         seconds,
-        _peak_bytes(json.loads((out / "trace.json").read_text())["traceEvents"], device),
+        _peak_bytes(events, device),
         peak_flops_per_second(device, step.config.train.dtype),
         _operators(watched, flops, device),
     )

@@ -99,6 +99,8 @@ def judged_out(options: argparse.Namespace, task: str) -> Path:
     out = options.out or options.run / f"{task}.json"
     if not out.parent.is_dir():
         raise HopeError(f"there is no directory {out.parent} to write {out.name} into")
+    if out.is_dir():
+        raise HopeError(f"--out: {out} is a directory, and must be a file")
     return out
 
 

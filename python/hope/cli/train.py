@@ -70,7 +70,7 @@ def add(commands: Commands) -> None:
         help="continue the run in --out (default: the preset's latest)",
     )
     add_device(parser)
-    parser.set_defaults(command=_run)
+    parser.set_defaults(command=_run, many=True)
 
 
 def _run(options: argparse.Namespace) -> int:

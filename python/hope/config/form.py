@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -61,9 +62,13 @@ def _parse(hint: Any, value: Any, path: str) -> Any:
         (hint,) = (item for item in typing.get_args(hint) if item is not type(None))
         return _parse(hint, value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**63 else math.inf
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # 3e6 is a natural way to write a token budget
+        value = int(value)  # 3e6 is a natural way to write a token budget
+    if type(value) is float and not math.isfinite(value):
+        raise HopeError(f"{path} must be a finite number, not {value}")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise HopeError(f"{path} must be a number of 64 bits, not {value}")
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise HopeError(f"{path} must be of type {hint.__name__}, not {value!r}")
@@ -92,7 +97,7 @@ def override(config: T, assignments: typing.Iterable[str]) -> T:
             raise HopeError(f"an override looks like model.dim=192, not {assignment!r}")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             value = text.strip()
         target = data
         for depth, parent in enumerate(parents):

@@ -72,6 +72,8 @@ class ModelConfig:
         require(self.dim > 0, "dim", "at least 1", self.dim)
         require(self.layers > 0, "layers", "at least 1", self.layers)
         require(self.mlp_ratio > 0, "mlp_ratio", "above 0", self.mlp_ratio)
+        width = self.dim * self.mlp_ratio
+        require(width < 2**31, "mlp_ratio", f"less than 2**31 / dim ({self.dim})", self.mlp_ratio)
         require(self.norm_eps > 0, "norm_eps", "above 0", self.norm_eps)
         choose(self.mlp, "mlp", "swiglu", "gelu")
 

@@ -50,6 +50,7 @@ class TrainConfig:
             require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("beta1", "beta2", "warmup"):
             require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)", self.seed)
         require(0 <= self.lr_final <= 1, "lr_final", "in [0, 1]", self.lr_final)
         require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         divides = self.batch % self.accumulate == 0

@@ -198,7 +198,7 @@ def _load(out: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         return {name: content[name] for name in ("curriculum", "pupils", "results")}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HopeError(f"cannot read {path}: {error}") from error
 
 

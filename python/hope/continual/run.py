@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hope.checkpoint import find_checkpoint, load_config, load_model
+from hope.checkpoint import find_checkpoint, load_config, load_model, named_errors
 from hope.config import LearnConfig, from_dict, to_dict
 from hope.continual.learner import Learner
 from hope.data import Corpus, MappedTokens, Tokens, load_corpus
@@ -95,9 +95,9 @@ class LearnRun:
             )
         source = find_checkpoint(out if resume else Path(lesson.checkpoint))
         self.config = load_config(source)
+        self.tokenizer = load_tokenizer(source)
         # The config and, where there is one, the tokenizer, as they are.
         self._files = {file.name: file.read_bytes() for file in source.glob("*.json")}
-        self.tokenizer = load_tokenizer(source)
         self.corpus = self._corpus(lesson.text, source)
         try:
             old = self._corpus(lesson.old or self.config.data.paths, source)
@@ -231,7 +231,8 @@ class LearnRun:
             **{name: getattr(self, name) for name in _COUNTS},
         }
         checkpoints = self.out / "checkpoints"
-        with atomic_directory(checkpoints / f"step-{self.step:08d}") as directory:
+        path = checkpoints / f"step-{self.step:08d}"
+        with named_errors(self.out, self.step), atomic_directory(path) as directory:
             weights = self.learner.model.state_dict()
             save_file({name: w.contiguous() for name, w in weights.items()}, directory / _WEIGHTS)
             for name, content in self._files.items():

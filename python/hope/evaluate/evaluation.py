@@ -35,8 +35,19 @@ _EXAMPLES = 512  # that a model is judged by, for every setting
 _TOLERANCE = 0.03  # by which sizes may differ
 
 
+# Settings of a training that this one has no use for: texts are generated, models not kept.
+_UNUSED = (
+    *("accumulate", "checkpoint_activations", "compile", "tensorboard", "wandb"),
+    *("validate_every", "validation_tokens", "checkpoint_every", "keep_checkpoints"),
+)
+
+
 def small(config: RunConfig, task: Task, steps: int, settings: Sequence[str] = ()) -> RunConfig:
-    """`config` cut down to a model for `task`, trained for `steps`; with `settings` made last."""
+    """`config` cut down to a model for `task`, trained for `steps`; with `settings` made last.
+
+    HopeError for settings that have no effect here.
+    """
+    before = config
     config = override(
         config,
         [
@@ -47,6 +58,10 @@ def small(config: RunConfig, task: Task, steps: int, settings: Sequence[str] = (
             *settings,
         ],
     )
+    unused = [f"train.{n}" for n in _UNUSED if getattr(config.train, n) != getattr(before.train, n)]
+    unused += [n for n in ("data", "parallel") if getattr(config, n) != getattr(before, n)]
+    if unused:
+        raise HopeError(f"--set {unused[0]} has no effect on models that are trained on a task")
     return override(config, [f"train.tokens={steps * config.train.tokens_per_step}"])
 
 
@@ -144,7 +159,7 @@ def load_evaluation(out: Path) -> tuple[str, list[RunConfig], list[dict[str, Any
     try:
         content = json.loads(path.read_text())
         task, configs, runs = content["task"], content["configs"], content["runs"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HopeError(f"cannot read {path}: {error}") from error
     return task, [from_dict(RunConfig, config) for config in configs], runs
 

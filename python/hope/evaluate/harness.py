@@ -214,6 +214,8 @@ def run_tasks(
     names = list(dict.fromkeys(names))
     if include_path is not None and not include_path.is_dir():
         raise HopeError(f"include_path must be a directory with tasks, not {include_path}")
+    if shots is not None and shots < 0:
+        raise HopeError(f"shots must be at least 0, not {shots}")
     manager = _manager(names, include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise HopeError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hope.config import RunConfig, to_dict
+from hope.errors import HopeError
 from hope.extras import need
 from hope.files import atomic_file
 
@@ -84,7 +85,10 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int) -> None:
         if path.exists():
-            lines = path.read_text().splitlines()
+            try:
+                lines = path.read_text().splitlines()
+            except UnicodeDecodeError as error:
+                raise HopeError(f"{path} is not the metrics of a run: {error}") from error
             with atomic_file(path) as new:
                 new.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
         self._path, self._file = path, path.open("a", buffering=1)
@@ -109,8 +113,10 @@ def _step_of(line: str) -> float:
     """The step of a metrics line; of one that a kill cut short, infinity."""
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return math.inf
+    except (TypeError, KeyError) as error:
+        raise HopeError(f"metrics.jsonl has a line without a step: {line[:80]}") from error
 
 
 class TensorBoard:

@@ -131,6 +131,7 @@ class Trainer:
         """
         train = self.config.train
         self.out.mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(self.config, self.out, self.step if self.ranks.first else None)
         bar = tqdm(
             total=train.steps * train.tokens_per_step,
             initial=self.tokens,
@@ -140,7 +141,6 @@ class Trainer:
             disable=not (progress and self.ranks.first),
         )
         self.model.train()
-        metrics = Metrics(self.config, self.out, self.step if self.ranks.first else None)
         received = None
         with bar, contextlib.closing(metrics), StopSignals(self.ranks.grace) as stop:
             while self.step < train.steps:
