@@ -199,13 +199,17 @@ def instances() -> Iterator[Instance]:
             yield Instance(
                 _conv(f"no-tail-{width}", width=width, batch=2, tokens=19, tail=False), dtype, {}
             )
+            # ... and in the final tail, of fewer tokens than it has rows.
+            yield Instance(
+                _conv(f"short-{width}", width=width, batch=2, tokens=2, tail=False), dtype, {}
+            )
         yield Instance(_conv("shifted", _shifted_inputs, batch=2, tokens=19, channels=8), dtype, {})
 
 
 def _of_optimizers() -> Iterator[Instance]:
-    """Several blocks with edges in both directions, and one; all endings in all dtypes."""
+    """Several blocks with edges both ways, one block, one number; all endings in all dtypes."""
     for dtype in (torch.float32, torch.bfloat16):
-        for rows, columns in ((20, 33), (33, 20), (140, 270), (270, 140)):
+        for rows, columns in ((1, 1), (20, 33), (33, 20), (140, 270), (270, 140)):
             sizes = {"batch": (1,), "rows": rows, "columns": columns, "steps": 2}
             yield Instance(_newton_schulz(f"{rows}x{columns}", **sizes), dtype, {}, False)
         # Several matrices, and both buffers again; the last is made of whole slabs.
@@ -225,6 +229,9 @@ def _of_optimizers() -> Iterator[Instance]:
                 periods = [i % 3 + 1 for i in range(len(many))]
                 made = _multifreq(name, shapes=many, periods=periods, step=2, **options)
                 yield Instance(made, dtype, {}, False)
+        # As many tensors as a launch takes, and no more.
+        whole = {"shapes": [(3,)] * 70, "periods": [1] * 70, "step": 2}
+        yield Instance(_multifreq("whole-launch", **whole), dtype, {}, False)
 
 
 def _networks(dtype: torch.dtype) -> Iterator[Instance]:
