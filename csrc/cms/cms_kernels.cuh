@@ -191,8 +191,8 @@ class CmsRun {
     // Whether some sequence may learn this chunk, and something comes of it.
     bool may_learn() const {
         if (of_.chunk + 1 < chunks_) return true;
-        return of_.pass == CmsPass::forward ? of_.p.keeps_state
-                                            : of_.p.d_final_weights[0].data != nullptr;
+        if (of_.pass == CmsPass::forward) return of_.p.keeps_state;
+        return of_.p.d_final_weights[0].data || of_.p.d_final_pending[0].data;
     }
     void forward_chunk() {
         product<CmsHidden>();

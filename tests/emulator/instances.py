@@ -112,6 +112,11 @@ def _cms(name: str, **options) -> Case:
     return Case("cms", name, hope_ext.cms_memory, make)
 
 
+def _pending(**arguments) -> object:
+    """A gradient for what the last chunk has so far, and none for the weights."""
+    return hope_ext.cms_memory(**arguments)[1].pending
+
+
 def _alone(case: Case) -> Iterator[Instance]:
     """Where nobody wants, or gives a gradient for, the final state; or only for that."""
     output = dataclasses.replace(case, name=f"{case.name}-output", everything=None)
@@ -134,6 +139,8 @@ def instances() -> Iterator[Instance]:
         yield from _alone(_titans(f"{kind}-alone-32x32", **one, **size))
         yield from _alone(_selfmod(f"{kind}-alone", **one, hidden=hidden))
     yield from _alone(_cms("alone", tokens=20))
+    pending = dataclasses.replace(_cms("pending", tokens=20), function=_pending)
+    yield Instance(pending, torch.float32, {})
     for dtype in NARROW:
         for key, value, other, way in (
             (16, 64, 16, {}),
