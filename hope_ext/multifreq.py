@@ -70,8 +70,9 @@ def multi_frequency_step_(
         return
     if rule == "sgd":
         lists = (params, grads, pending, (), ())
-    numbers = map(float, (lr, beta1, beta2, eps, weight_decay))  # any int, too, however long
-    arguments = (*map(list, lists), list(periods), step, *numbers, rule)
+    # float: an int may be longer than the operator's numbers.
+    rates = (float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
+    arguments = (*map(list, lists), list(periods), step, *rates, rule)
     if _load.use_reference():
         reference.multifreq_(*arguments)
     else:

@@ -81,6 +81,9 @@ def stepped(
 
 
 def _copy(x: Tensor) -> Tensor:
+    """Equal to x, with its strides and, but in traced code, which knows of none, its offset."""
+    if torch.compiler.is_compiling():
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
     memory = x.new_empty(x.untyped_storage().nbytes() // x.element_size())
     return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 

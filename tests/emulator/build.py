@@ -175,8 +175,8 @@ def _launcher(variant: str) -> tuple[str, ...]:
 def _flags(
     source: Path, variant: str, include: Iterable[Path], defines: Iterable[str], csrc: Path
 ) -> list[str]:
-    level = "-O1" if variant in _SANITIZE else "-O2"  # their checks make optimising slow
-    flags = ["-std=c++17", level, "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    level = "-O1" if variant == "address" else "-O2"  # its checks make optimising slow
+    flags = ["-std=c++17", level, "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Wno-psabi", *_machine_flags(), f"-I{HERE}", f"-I{csrc}"]
     if supports("-fno-gnu-unique"):  # a shared object's statics are its own
         flags.append("-fno-gnu-unique")
