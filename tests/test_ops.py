@@ -93,7 +93,8 @@ def test_poison(case: Case, backend: str):
             results = evaluate(case, arguments, backend)
     finally:
         torch.use_deterministic_algorithms(False)
-    if not results or results[0][1].numel():  # without a token no CUDA kernel runs, neither forward nor backward
+    # Without a token no CUDA kernel runs, neither forward nor backward.
+    if not results or results[0][1].numel():
         results += [(f"kept {i}", x) for i, x in enumerate(kept)]
     for name, x in results:
         assert torch.isfinite(x).all(), name
