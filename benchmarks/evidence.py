@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hope import PRESETS, Corpus, HopeError, RunConfig, TrainingDiverged, load_corpus, preset
+from hope import Corpus, HopeError, RunConfig, TrainingDiverged, load_corpus, preset
 from hope.cli.options import refuse_changes
 from hope.compare import Comparison, comparable, load_comparison
 from hope.config import override
@@ -31,7 +31,7 @@ from hope.device import choose_device
 from hope.model import parameter_count
 from hope.plot import plot_bands
 
-from benchmarks import report, sources
+from benchmarks import command, report, sources
 
 DEFAULT_PRESETS = ("hope-tiny-cms", "hope-tiny", "tiny", "hope-attention-tiny", "tiny-transformer")
 BASELINE = "tiny-transformer"
@@ -107,14 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIRECTORY",
         help="where the runs are kept, so that a stopped benchmark can go on",
     )
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        choices=list(PRESETS),
-        default=DEFAULT_PRESETS,
-        metavar="PRESET",
-        help=f"of: {', '.join(PRESETS)} (default: {', '.join(DEFAULT_PRESETS)})",
-    )
+    command.add_presets(parser, DEFAULT_PRESETS)
     parser.add_argument(
         "--seeds", nargs="+", type=_seed, default=SEEDS, metavar="SEED", help="default: 0 1 2"
     )
@@ -128,36 +121,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"about 40 million parameters, for a GPU: {' '.join(LARGE)}",
     )
-    parser.add_argument(
-        "--threads", type=report.positive, help="CPU threads (default: torch's own)"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one that the build has kernels for (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="files, directories, globs (default: Python's standard library)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting of every preset, such as train.batch=4; may be repeated",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=sources.RESULTS,
-        metavar="DIRECTORY",
-        help="where the JSON and the picture go (default: benchmarks/results)",
-    )
+    command.add_machine(parser)
+    command.add_data(parser)
+    command.add_rest(parser, "train.batch=4", "the JSON and the picture go")
     return parser
 
 

@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hope import PRESETS, HopeError, RunConfig, preset
+from hope import HopeError, RunConfig, preset
 from hope.config import override
 from hope.device import choose_device
 from hope.model import parameter_count
 from hope.profile import TrainingStep
 
-from benchmarks import measure, report, sources
+from benchmarks import command, measure, report, sources
 from benchmarks.evidence import BASELINE, DEFAULT_PRESETS, LARGE, same_size
 from benchmarks.measure import Pace
 
@@ -119,14 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.throughput",
         description="Times training steps of presets at growing lengths of the texts.",
     )
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        choices=list(PRESETS),
-        default=DEFAULT_PRESETS,
-        metavar="PRESET",
-        help=f"of: {', '.join(PRESETS)} (default: {', '.join(DEFAULT_PRESETS)})",
-    )
+    command.add_presets(parser, DEFAULT_PRESETS)
     parser.add_argument(
         "--large", action="store_true", help="the sizes of `benchmarks.evidence --large`, for a GPU"
     )
@@ -154,29 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         default=300,
         help="a step that may take longer is left out (default: %(default)s)",
     )
-    parser.add_argument(
-        "--threads", type=report.positive, help="CPU threads (default: torch's own)"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one that the build has kernels for (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting of every preset, such as model.dim=512; may be repeated",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=sources.RESULTS,
-        metavar="DIRECTORY",
-        help="where the JSON goes (default: benchmarks/results)",
-    )
+    command.add_machine(parser)
+    command.add_rest(parser, "model.dim=512", "the JSON goes")
     return parser
 
 

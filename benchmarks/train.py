@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from hope import (
-    PRESETS,
     Corpus,
     HopeError,
     RunConfig,
@@ -33,7 +32,7 @@ from hope.config import override
 from hope.device import choose_device
 from hope.plot import plot_runs
 
-from benchmarks import report, sources
+from benchmarks import command, report, sources
 
 DEFAULT_PRESETS = ("tiny", "tiny-transformer", "tiny-conv-attention")
 
@@ -96,47 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.train",
         description="Trains models side by side, on the same text and the same number of tokens.",
     )
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        choices=list(PRESETS),
-        default=DEFAULT_PRESETS,
-        metavar="PRESET",
-        help=f"of: {', '.join(PRESETS)} (default: {', '.join(DEFAULT_PRESETS)})",
-    )
+    command.add_presets(parser, DEFAULT_PRESETS)
     parser.add_argument(
         "--tokens", type=report.positive, help="tokens for each (default: the first preset's)"
     )
-    parser.add_argument(
-        "--threads", type=report.positive, help="CPU threads (default: torch's own)"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one that the build has kernels for (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="files, directories, globs (default: Python's standard library)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting of every preset, such as train.seed=1; may be repeated",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=sources.RESULTS,
-        metavar="DIRECTORY",
-        help="where the JSON and the picture go (default: benchmarks/results)",
-    )
+    command.add_machine(parser)
+    command.add_data(parser)
+    command.add_rest(parser, "train.seed=1", "the JSON and the picture go")
     return parser
 
 

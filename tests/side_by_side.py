@@ -31,7 +31,6 @@ LONG = {
     "test_build.py": 1,
     "test_selfmod.py": 1,
     "test_hope_train.py": 1,
-    "test_mutate.py": 1,  # forks: in a process without other kernels
 }
 FILES_AT_A_TIME = 6  # of the others: starting a process takes seconds, too
 MOST_PROCESSES = 8

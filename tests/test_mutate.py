@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -101,7 +103,14 @@ def test_explained_survivors_are_in_the_sources():
 
 
 def test_kernels_with_switches(emulator, tmp_path):
-    """Off, they are what they were; on, one is noticed; what makes a constant has no switch."""
+    """In a process of its own: only one library of kernels fits into each."""
+    own = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, own) as pool:
+        pool.submit(check_switches, tmp_path).result()
+
+
+def check_switches(tmp_path: Path) -> None:
+    """Off, kernels are what they were; on, a mutant is noticed; what makes a constant has none."""
     kernel = Path("multifreq/multifreq_cuda.cu")
     board = Switchboard([kernel])
     lines = (mutations.CSRC / kernel).read_text().splitlines()

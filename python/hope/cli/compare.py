@@ -6,6 +6,7 @@ from pathlib import Path
 from hope.cli.options import (
     Commands,
     add_device,
+    add_place,
     add_settings,
     configured,
     latest_run,
@@ -43,17 +44,7 @@ def add(commands: Commands) -> None:
         help=f"two or more (with --resume: none are needed) of: {', '.join(PRESETS)}",
     )
     add_settings(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIRECTORY",
-        help="where the files go (default: runs/compare, or runs/compare-2, ... if it is taken)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the comparison in --out (default: the latest)",
-    )
+    add_place(parser, "compare", "the comparison")
     add_device(parser)
     parser.set_defaults(command=_run)
 

@@ -2,9 +2,16 @@
 
 import argparse
 import re
-from pathlib import Path
 
-from hope.cli.options import Commands, add_device, latest_run, new_run, positive
+from hope.cli.options import (
+    Commands,
+    add_device,
+    add_place,
+    add_set,
+    latest_run,
+    new_run,
+    positive,
+)
 from hope.config import RunConfig, override
 from hope.config.learn import METHODS
 from hope.continual import learn_config
@@ -99,24 +106,8 @@ def add(commands: Commands) -> None:
         default=1e-4,
         help="rate where a model names none (default: %(default)s)",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting of every model; may be repeated",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIRECTORY",
-        help="where the files go (default: runs/continual, or runs/continual-2, ...)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the evaluation in --out (default: the latest), with its settings",
-    )
+    add_set(parser, "change one setting of every model")
+    add_place(parser, "continual", "the evaluation, with its settings,")
     add_device(parser)
     parser.set_defaults(command=_run)
 

@@ -1,9 +1,16 @@
 """`hope evaluate recall` and the other tasks on which small models are trained."""
 
 import argparse
-from pathlib import Path
 
-from hope.cli.options import Commands, add_device, latest_run, new_run, positive
+from hope.cli.options import (
+    Commands,
+    add_device,
+    add_place,
+    add_set,
+    latest_run,
+    new_run,
+    positive,
+)
 from hope.device import choose_device
 from hope.evaluate import TASKS, Evaluation, Task, equal_sized
 from hope.evaluate.evaluation import FILE, small, table
@@ -42,24 +49,8 @@ def _add_task(commands: Commands, task: Task) -> None:
         default=1000,
         help="optimizer steps for each (default: %(default)s)",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting of every model; may be repeated",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIRECTORY",
-        help="where the figures go (default: runs/TASK, or runs/TASK-2, ... if it is taken)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the same evaluation in --out (default: the latest)",
-    )
+    add_set(parser, "change one setting of every model")
+    add_place(parser, task.name, "the same evaluation")
     add_device(parser)
     parser.set_defaults(command=_run, task=task)
 

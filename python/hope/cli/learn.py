@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 
 from hope.checkpoint import find_checkpoint, load_config
-from hope.cli.options import Commands, add_device, latest_run, new_run, positive
+from hope.cli.options import (
+    Commands,
+    add_device,
+    add_place,
+    latest_run,
+    new_run,
+    positive,
+)
 from hope.config.learn import METHODS
 from hope.continual import learn_config
 from hope.continual.run import LearnRun, Lesson, load_lesson, table
@@ -83,15 +90,7 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="drop what the checkpoint has pending from an earlier text",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIRECTORY",
-        help="where the files go (default: runs/learn, or runs/learn-2, ... if that is taken)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --out (default: the latest)"
-    )
+    add_place(parser, "learn", "the run")
     add_device(parser)
     parser.set_defaults(command=_run)
 

@@ -3,7 +3,11 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from hope.cli.options import Commands, positive
+from hope.cli.options import (
+    Commands,
+    add_set,
+    positive,
+)
 from hope.config import override
 from hope.presets import PRESETS, preset
 
@@ -38,13 +42,7 @@ def add(commands: Commands) -> None:
         type=positive,
         help="sequences that a process computes at once (default: its share of train.batch)",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting; may be repeated",
-    )
+    add_set(parser)
     parser.set_defaults(command=_run)
 
 

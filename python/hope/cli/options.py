@@ -56,12 +56,29 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=positive, help="how many tokens (bytes) to train on")
     budget.add_argument("--steps", type=positive, help="the same, in optimizer steps")
+    add_set(parser)
+
+
+def add_set(parser: argparse.ArgumentParser, help: str = "change one setting") -> None:
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change one setting; may be repeated",
+        help=f"{help}; may be repeated",
+    )
+
+
+def add_place(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    """Where `what` goes, of which runs/NAME is the usual place: --out and --resume."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIRECTORY",
+        help=f"where the files go (default: runs/{name}, or runs/{name}-2, ... if it is taken)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help=f"continue {what} in --out (default: the latest)"
     )
 
 

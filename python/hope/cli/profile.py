@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hope.checkpoint import find_checkpoint, load_config, load_model
-from hope.cli.options import Commands, add_device, new_run, positive
+from hope.cli.options import (
+    Commands,
+    add_device,
+    add_set,
+    new_run,
+    positive,
+)
 from hope.config import override
 from hope.device import choose_device
 from hope.errors import HopeError
@@ -44,13 +50,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--sequence", type=positive, help="tokens of a text (default: as trained)")
     parser.add_argument("--batch", type=positive, help="texts in a step (default: as trained)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one setting, such as train.dtype=bfloat16; may be repeated",
-    )
+    add_set(parser, "change one setting, such as train.dtype=bfloat16")
     parser.add_argument(
         "--rows", type=positive, default=_ROWS, help="operators to show (default: %(default)s)"
     )

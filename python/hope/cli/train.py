@@ -9,6 +9,7 @@ from hope.checkpoint import find_checkpoint, load_config
 from hope.cli.options import (
     Commands,
     add_device,
+    add_place,
     add_settings,
     configured,
     latest_run,
@@ -58,17 +59,7 @@ def add(commands: Commands) -> None:
         help=f"settings to start from, one of: {', '.join(PRESETS)} (default: {_TRAINED})",
     )
     add_settings(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIRECTORY",
-        help="where the files go (default: runs/PRESET, or runs/PRESET-2, ... if that is taken)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --out (default: the preset's latest)",
-    )
+    add_place(parser, "PRESET", "the run")
     add_device(parser)
     parser.set_defaults(command=_run, many=True)
 

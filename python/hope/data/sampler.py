@@ -4,6 +4,7 @@ All samplers cut a stream into rows of `window` tokens and read the rows in a se
 is `batch` rows; of `world` processes each reads its share of them.
 """
 
+import abc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
         return Batch(*(None if x is None else x.to(device) for x in self))
 
 
-class Sampler:
+class Sampler(abc.ABC):
     """Endless batches in a seeded random order, resumable anywhere.
 
     batch: rows of the batch of all processes together. rank, world: this process reads rows
@@ -64,13 +65,13 @@ class Sampler:
         self._starts = self._order(np.random.default_rng([self.seed, epoch]))
         self.epoch, self.cursor = epoch, 0
 
+    @abc.abstractmethod
     def _order(self, random: np.random.Generator) -> np.ndarray:
         """Where the rows of a new epoch begin, in the order in which they are read."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _read(self, starts: np.ndarray) -> Batch:
         """The rows of the present epoch that begin there."""
-        raise NotImplementedError
 
     def next_batch(self) -> Batch:
         """This process's share of the next batch; it goes on where an epoch ends."""
