@@ -7,6 +7,8 @@ from hope import MLP, AttentionConfig, CmsConfig, HopeError, LanguageModel, Mode
 from hope.layers import ContinuumMemory
 from torch import nn
 
+import hope_ext
+
 DIM = 8
 
 
@@ -111,6 +113,26 @@ def test_it_is_its_definition(config):
         difference = (y - still(x)[0]).norm(dim=-1) / y.norm(dim=-1)
         assert difference[:, :first].max() < 1e-12
         assert difference[:, -1].min() > 1e-3  # or the rates would be too small for this test
+
+
+@pytest.mark.parametrize("variant", ["sequential", "independent", "nested"])
+def test_what_nobody_asks_for_is_not_learned_and_changes_nothing(variant, monkeypatch):
+    """The same answers and gradients; and level for level no state is asked of the operator."""
+    layer, x = made(CmsConfig((2, 4), variant=variant)), tokens(2, 8, DIM)
+    asked, operator = [], hope_ext.cms_memory
+    monkeypatch.setattr(
+        hope_ext, "cms_memory", lambda *a, **k: asked.append(k["return_state"]) or operator(*a, **k)
+    )
+    found = []
+    for whether in (True, False):
+        layer.zero_grad()
+        y, states = layer(x, return_states=whether)
+        y.square().sum().backward()
+        assert len(states) == (2 if whether or variant == "nested" else 0)
+        found.append((y.detach(), *(p.grad for p in layer.parameters())))
+    assert asked.count(False) == (0 if variant == "nested" else 2)
+    for a, b in zip(*found, strict=True):
+        assert a is b is None or torch.equal(a, b)
 
 
 def test_a_nested_level_forgets_when_the_slower_one_moves():
