@@ -165,10 +165,16 @@ def answers(operator: Operator, arguments: dict[str, Any]) -> tuple[list[Any], E
 
 
 def assert_right(operator: Operator, arguments: dict[str, Any], leaves: list[Any]) -> None:
-    """What the definition gives, in the dtype's own precision; where that is no number, no number.
+    """What the definition gives in float64, but for the dtype's precision.
 
-    The definition runs in float64: what overflows in a lesser dtype may be infinite here.
+    Of inputs that are huge, or no numbers, only shapes are the definition's: they may overflow, and
+    kernels multiply them with zeros.
     """
+    tame = all(
+        bool((x.abs() < 100).all())  # False of NaN
+        for x in pytree.tree_leaves(arguments)
+        if isinstance(x, Tensor) and x.is_floating_point()
+    )
     wide = pytree.tree_map(
         lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, arguments
     )
@@ -182,7 +188,9 @@ def assert_right(operator: Operator, arguments: dict[str, Any], leaves: list[Any
         assert x.shape == truth.shape
         if not x.is_floating_point():
             assert torch.equal(x, truth)
-        elif bool(truth.isfinite().all()) and truth.abs().sum() < 1e3 * (1 + truth.numel()):
+        elif (
+            tame and bool(truth.isfinite().all()) and truth.abs().sum() < 1e3 * (1 + truth.numel())
+        ):
             # Above rounding, and far below what a wrong row or step would make.
             eps = torch.finfo(x.dtype).eps
             allowed = (30 if eps > 1e-3 else 1000) * eps * (1 + truth.norm().item())
@@ -263,7 +271,8 @@ def test_a_wrong_argument_is_refused_by_name_or_answered_rightly(name, data):
             options |= {"batch": 1, "bounds": [0, options["tokens"] // 2, options["tokens"]]}
         if "conv" not in name and data.draw(st.booleans(), "carried"):
             options["positions"] = [0] * (2 if packed else options["batch"])
-    arguments = operator.inputs(torch.float32, "cpu", **options)
+    # In float64, since another chunk size or rate may make an inner loop chaotic.
+    arguments = operator.inputs(torch.float64, "cpu", **options)
     argument = data.draw(st.sampled_from(sorted(arguments)), "argument")
     arguments[argument] = elsewhere(data.draw, arguments[argument])
     leaves, error = answers(operator, arguments)
