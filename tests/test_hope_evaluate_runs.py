@@ -87,10 +87,21 @@ def test_a_run_in_bfloat16_is_read_in_bfloat16(name):
         Reader(m, dtype="float64")
 
 
+def sizes_read(m, monkeypatch) -> list[tuple[int, int]]:
+    """The shapes of all tokens that the model is called with from now on."""
+    sizes, features = [], m.features
+
+    def noted(tokens, *args, **options):
+        sizes.append(tuple(tokens.shape))
+        return features(tokens, *args, **options)
+
+    monkeypatch.setattr(m, "features", noted)
+    return sizes
+
+
 def test_no_call_is_longer_than_a_block(monkeypatch):
-    m, sizes = model(), []
-    features = m.features
-    monkeypatch.setattr(m, "features", lambda x, *rest: sizes.append(x.shape) or features(x, *rest))
+    m = model()
+    sizes = sizes_read(m, monkeypatch)
     reader = Reader(m, block=16)
     (state,) = reader.states(random_texts(100))
     reader.score(random_texts(101), [1], state)
@@ -99,11 +110,8 @@ def test_no_call_is_longer_than_a_block(monkeypatch):
 
 
 def test_texts_that_have_ended_leave_the_batch(monkeypatch):
-    m, sizes = model(), []
-    features = m.features
-    monkeypatch.setattr(
-        m, "features", lambda x, *rest: sizes.append(tuple(x.shape)) or features(x, *rest)
-    )
+    m = model()
+    sizes = sizes_read(m, monkeypatch)
     reader = Reader(m, block=16)
     list(reader.read(random_texts(10, 50, 33, 1)))
     assert sizes == [(3, 16), (2, 16), (1, 16), (1, 1)]

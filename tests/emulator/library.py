@@ -32,6 +32,10 @@ def kernels() -> list[Path]:
     return [source for source in sources if source.parent.name != "selftest"]
 
 
+def _is_float16(source: Path) -> bool:
+    return "_fp16_" in source.name
+
+
 def make(
     variant: str = "plain",
     *,
@@ -42,7 +46,8 @@ def make(
     """Builds the library.
 
     Args:
-        variant: of the kernels, see ``build``; sanitizers do not look at the host code.
+        variant: of the kernels, see ``build``. Sanitizers do not look at the host code, nor at the
+            kernels for float16 in sources of their own: those for bfloat16 are the same lines.
         instead: other files for some of ``kernels()``, sources or what ``build.compile_object``
             made of them. What headers define comes from these.
         csrc: where they find the project's headers.
@@ -55,12 +60,15 @@ def make(
     include, libraries = build_config.torch_dirs(torch)
     host = [build.ROOT / source for source in build_config.host_sources()]
     instead = instead or {}
+    others = [source for source in kernels() if source not in instead]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # The linker keeps the first of equal inline functions.
         sources = [other for other in instead.values() if other.suffix != ".o"]
         tasks = [pool.submit(compiled, source, variant, csrc=csrc) for source in sources]
         tasks += [pool.submit(compiled, source, include=include) for source in host]
-        tasks += [pool.submit(compiled, s, variant) for s in kernels() if s not in instead]
+        tasks += [pool.submit(compiled, s, variant) for s in others if not _is_float16(s)]
+        # Last, so that what they share with the others comes from those.
+        tasks += [pool.submit(compiled, source) for source in others if _is_float16(source)]
         objects = [other for other in instead.values() if other.suffix == ".o"]
         objects += [task.result() for task in tasks]
     link = [f"-L{libraries}", *(f"-l{library}" for library in LIBRARIES), *link]
