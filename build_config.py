@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "hope_ext._C"
 
-# 8.0's PTX is what later GPUs run; 9.0a's own code (wgmma) runs on nothing else, its PTX neither.
-DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
+# 8.0's PTX is what later GPUs run.
+DEFAULT_ARCHITECTURES = "8.0+PTX;9.0"
 ARCHITECTURES = (
     "8.0",
     "8.6",
@@ -304,10 +304,18 @@ def requested_architectures() -> tuple[str, ...]:
 
 
 def _gencode(architectures: tuple[str, ...]) -> list[str]:
+    """nvcc's flags. The machine code of all comes from PTX for the oldest, which makes it the same
+    as their own PTX would: no kernel says anything that only newer PTX can. PTX takes as long as
+    the code for a GPU. Of "9.0a" and the like, whose PTX is for them alone, and of a PTX that is
+    asked for, it is their own.
+    """
+    numbers = [entry.removesuffix("+PTX").replace(".", "") for entry in architectures]
+    oldest = min((number for number in numbers if number.isdigit()), key=int, default="")
     flags = []
-    for entry in architectures:
-        number = entry.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+    for entry, number in zip(architectures, numbers, strict=True):
+        own = entry.endswith("+PTX") or not number.isdigit()
+        ptx = number if own else oldest
+        flags.append(f"-gencode=arch=compute_{ptx},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

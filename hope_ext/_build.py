@@ -21,7 +21,7 @@ def build_info() -> dict[str, object]:
 
     Returns:
         A dict with the keys version, torch (that it was built against), cuda (nvcc's version, None
-        for a CPU-only build), architectures (a list such as ["8.0+PTX", "9.0a"]), compiler,
+        for a CPU-only build), architectures (a list such as ["8.0+PTX", "9.0"]), compiler,
         revision (the git commit, None if unknown) and flags (a dict: "c++" and, with CUDA, "nvcc").
         With HOPE_REFERENCE=1 there is no extension: compiler, revision and flags are None too.
     """

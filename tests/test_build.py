@@ -282,13 +282,23 @@ def test_cuda_home_comes_first(monkeypatch, tmp_path):
 def test_architectures(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
     assert build_config.requested_architectures() == ("8.6", "9.0a", "12.0+PTX")
-    assert build_config._gencode(("9.0a", "12.0+PTX")) == [
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_120,code=compute_120",
-    ]
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    assert build_config.requested_architectures() == ("8.0+PTX", "9.0a")
+    assert build_config.requested_architectures() == ("8.0+PTX", "9.0")
+
+
+def test_code_is_made_of_the_oldest_ptx_but_where_another_is_needed():
+    def gencode(*architectures):
+        flag = "-gencode=arch=compute_"
+        return [f.removeprefix(flag) for f in build_config._gencode(architectures)]
+
+    assert gencode("8.0+PTX", "9.0") == ["80,code=sm_80", "80,code=compute_80", "80,code=sm_90"]
+    assert gencode("10.0", "8.6") == ["86,code=sm_100", "86,code=sm_86"]
+    assert gencode("9.0a", "12.0+PTX") == [
+        "90a,code=sm_90a",
+        "120,code=sm_120",
+        "120,code=compute_120",
+    ]
+    assert gencode("9.0a") == ["90a,code=sm_90a"]
 
 
 @pytest.mark.parametrize("entry", ["7.5", "12.1", "13.0", "Hopper", "sm_90"])

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from backends import NARROW
-from laws import Bound, assert_as_good_as_torch, torchs_errors
+from laws import DRAWS, Bound, assert_as_good_as_torch, torchs_errors
 
 import hope_ext
 from hope_ext import testing
@@ -362,6 +362,7 @@ def check(
     bounds: Mapping[str, list[Bound]],
     *,
     backward: bool = True,
+    draws: int = DRAWS,
 ) -> None:
     """Runs the instances whose names match in the loaded library; raises at the first mistake.
 
@@ -369,7 +370,7 @@ def check(
     """
     for instance in instances():
         if re.search(match, str(instance)):
-            check_one(instance, seeds, bounds, backward=backward)
+            check_one(instance, seeds, bounds, backward=backward, draws=draws)
 
 
 def check_one(
@@ -378,6 +379,7 @@ def check_one(
     bounds: Mapping[str, list[Bound]],
     *,
     backward: bool = True,
+    draws: int = DRAWS,
 ) -> None:
     name, (case, dtype, device, trains) = str(instance), instance
     known = bounds.get(name)
@@ -389,7 +391,7 @@ def check_one(
         os.environ.update(settings)
         print(f"{name}, seed {seed}", end=": ", flush=True)
         begin = time.monotonic()
-        assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known)
+        assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known, draws=draws)
         print(f"{time.monotonic() - begin:.1f} s")
         for setting, value in before.items():
             os.environ.pop(setting, None)
@@ -403,6 +405,7 @@ def main() -> int:
     parser.add_argument("--bounds", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=[1])
     parser.add_argument("--match", default="")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of inputs that speak against us")
     options = parser.parse_args()
     testing.use_emulated(options.library)
     bounds = {}
@@ -416,7 +419,7 @@ def main() -> int:
             arguments = case.make(dtype, "cpu")
             bounds[str(instance)] = torchs_errors(case, arguments, dtype, trains=trains)
         torch.save(bounds, options.bounds)
-    check(options.match, options.seeds, bounds)
+    check(options.match, options.seeds, bounds, draws=options.draws)
     return 0
 
 

@@ -15,7 +15,7 @@ from laws import evaluate
 
 from hope_ext import _check, testing
 
-SEEDS = 8
+SEEDS = 4
 
 
 def main() -> int:
