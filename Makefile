@@ -13,7 +13,8 @@ MAKEFLAGS += --no-print-directory
 .SILENT:
 
 python := $(VENV)/bin/python
-pip := $(python) -m pip install --disable-pip-version-check
+# --no-compile: Python compiles what is imported when it is, a small part of all that is installed.
+pip := $(python) -m pip install --disable-pip-version-check --no-compile
 dependencies := $(VENV)/.hope-dependencies
 built := build/.built
 native := $(wildcard csrc/*.cpp csrc/*/*)
