@@ -393,6 +393,7 @@ def check_one(
         begin = time.monotonic()
         assert_as_good_as_torch(case, dtype, "emulated", trains=trains, bounds=known, draws=draws)
         print(f"{time.monotonic() - begin:.1f} s")
+        draws = 1  # no schedule changes a bit, so that doubts about rounding are settled
         for setting, value in before.items():
             os.environ.pop(setting, None)
             if value is not None:
