@@ -279,8 +279,11 @@ def _networks(dtype: torch.dtype) -> Iterator[Instance]:
             _titans(f"norm-plain-{read}", **one, tokens=37, norm=True, **plain), dtype, {}
         )
     steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
-    yield Instance(_titans("deep-step", **steps, key=32, value=32, hidden=64), dtype, {}, False)
-    yield Instance(_titans("norm-step", **steps, key=32, value=32, **norm), dtype, {}, False)
+    for read in ("after", "before", "chunk"):
+        deep = {**steps, "key": 32, "value": 32, "hidden": 64, "read": read}
+        yield Instance(_titans(f"deep-step-{read}", **deep), dtype, {}, False)
+        of_norm = {**steps, "key": 32, "value": 32, "read": read, **norm}
+        yield Instance(_titans(f"norm-step-{read}", **of_norm), dtype, {}, False)
 
 
 def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
@@ -312,12 +315,10 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
         yield Instance(
             _selfmod(f"{kind}-stretches", **one, tokens=66, chunk_size=4, hidden=hidden), dtype, {}
         )
-        yield Instance(
-            _selfmod(f"{kind}-step", batch=4, tokens=1, positions=[0, 3, 14, 15], hidden=hidden),
-            dtype,
-            {},
-            False,
-        )
+        for read in ("after", "before", "chunk"):
+            step = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15], "read": read}
+            made = _selfmod(f"{kind}-step-{read}", **step, hidden=hidden)
+            yield Instance(made, dtype, {}, False)
 
 
 def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
