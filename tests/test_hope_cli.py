@@ -239,7 +239,7 @@ def test_ctrl_c_keeps_a_usable_checkpoint(train, text, tmp_path):
         while not (tmp_path / "run" / "metrics.jsonl").read_text():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGINT == 130
