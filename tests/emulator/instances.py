@@ -278,6 +278,10 @@ def _networks(dtype: torch.dtype) -> Iterator[Instance]:
         yield Instance(
             _titans(f"norm-plain-{read}", **one, tokens=37, norm=True, **plain), dtype, {}
         )
+    # One chunk, and all of it.
+    whole = {"tokens": 16, "chunk_size": 16}
+    yield Instance(_titans("deep-whole", **one, **whole, hidden=32), dtype, {})
+    yield Instance(_titans("norm-whole", **one, **whole, norm=True), dtype, {})
     steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
     for read in ("after", "before", "chunk"):
         deep = {**steps, "key": 32, "value": 32, "hidden": 64, "read": read}
@@ -315,6 +319,9 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
         yield Instance(
             _selfmod(f"{kind}-stretches", **one, tokens=66, chunk_size=4, hidden=hidden), dtype, {}
         )
+        # One chunk, and all of it.
+        whole = {"tokens": 16, "chunk_size": 16, "hidden": hidden}
+        yield Instance(_selfmod(f"{kind}-whole", **one, **whole), dtype, {})
         for read in ("after", "before", "chunk"):
             step = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15], "read": read}
             made = _selfmod(f"{kind}-step-{read}", **step, hidden=hidden)
