@@ -304,10 +304,10 @@ def requested_architectures() -> tuple[str, ...]:
 
 
 def _gencode(architectures: tuple[str, ...]) -> list[str]:
-    """nvcc's flags. The machine code of all comes from PTX for the oldest, which makes it the same
-    as their own PTX would: no kernel says anything that only newer PTX can. PTX takes as long as
-    the code for a GPU. Of "9.0a" and the like, whose PTX is for them alone, and of a PTX that is
-    asked for, it is their own.
+    """nvcc's flags. PTX is a third to a half of its work, so it is made once, for the oldest, and
+    all machine code comes from it: it is the same as from their own, since no kernel says anything
+    that only newer PTX can. "9.0a" and the like need PTX of their own, and so does an entry with
+    "+PTX".
     """
     numbers = [entry.removesuffix("+PTX").replace(".", "") for entry in architectures]
     oldest = min((number for number in numbers if number.isdigit()), key=int, default="")

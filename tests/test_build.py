@@ -81,17 +81,17 @@ def products() -> dict[tuple[str, str], set[str]]:
         pass
     if not found:
         pytest.skip("no cuobjdump: neither a CUDA toolkit nor triton is installed")
-    command, code, architecture = [found, "-sass", _load.extension.__file__], {}, ""
+    command, kernels, architecture = [found, "-sass", _load.extension.__file__], {}, ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dump:
         for line in dump.stdout:  # a gigabyte
             if line.startswith("arch = sm_"):
                 architecture = build_report.dotted(line.removeprefix("arch = sm_").strip())
             elif "Function : " in line:
-                of = code[line.split()[-1], architecture] = set()
+                kernel = kernels[line.split()[-1], architecture] = set()
             elif "MMA" in line:
-                of.update(re.findall(r"\b[HIQ]G?MMA[.\w]*", line))
+                kernel.update(re.findall(r"\b[HIQ]G?MMA[.\w]*", line))
     assert dump.returncode == 0
-    return code
+    return kernels
 
 
 @cuda_build

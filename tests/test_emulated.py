@@ -1,5 +1,5 @@
-"""The operators' CUDA kernels in the emulator: every instance under its detectors, with a mistake
-put into it, and on devices of other sizes.
+"""The operators' CUDA kernels in the emulator: every instance under its detectors (of 16-bit twins
+one), with a mistake put into it, and on devices of other sizes.
 
 The laws and the facts of each operator run there too, as the backend "emulated".
 """
