@@ -26,13 +26,13 @@ PART = "HOPE_TESTS_PART"  # "i/n": every n-th test of those that are collected, 
 # Files that take minutes, in this order, with the number of parts that they are run in.
 LONG = {
     "test_emulated.py": 2,
-    "test_ops.py": 6,
+    "test_ops.py": 4,
     "test_titans.py": 1,
     "test_build.py": 1,
     "test_selfmod.py": 1,
     "test_hope_train.py": 1,
 }
-FILES_AT_A_TIME = 6  # of the others: starting a process takes seconds, too
+FILES_AT_A_TIME = 9  # of the others: starting a process takes seconds, too
 MOST_PROCESSES = 8
 NO_TEST = 5  # pytest's status where it found none
 

@@ -277,8 +277,7 @@ def test_lesser_instruction_sets(isa):
         "import sys; sys.path.insert(0, 'tests'); import test_ops, torch\n"
         "for case in test_ops.CASES:\n"
         "    test_ops.test_exact_in_float64(case)\n"
-        "    test_ops.test_as_good_as_torch(case, torch.float32, 'cpu')\n"
-        "    test_ops.test_poison(case, 'cpu')\n"
+        "    if case.tiny: test_ops.test_as_good_as_torch(case, torch.float32, 'cpu')\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -160,8 +160,8 @@ def instances() -> Iterator[Instance]:
             # inside the next.
             packed = {"bounds": [0, 20, 110], "positions": [0, 30]}
             yield Instance(
-                _titans(f"packed-{key}x{other}", batch=1, tokens=110, key=key, value=other,
-                        chunk_size=80, read="before", **packed),
+                _titans(f"packed-{key}x{other}", batch=1, heads=2, tokens=110, key=key,
+                        value=other, chunk_size=80, read="before", **packed),
                 dtype,
                 SMALL,
             )  # fmt: skip
@@ -173,9 +173,9 @@ def instances() -> Iterator[Instance]:
                 dtype,
                 device,
             )
-        # States are kept at every third chunk or so; a window holds several such stretches.
+        # States are kept at every fourth chunk or so; a window holds several such stretches.
         yield Instance(
-            _titans("stretches-32x16", batch=2, tokens=66, key=32, chunk_size=4), dtype, {}
+            _titans("stretches-32x16", batch=1, tokens=42, key=32, chunk_size=4), dtype, {}
         )
         # Chunks of several whole segments, the last one too.
         for key in (32, 128):
@@ -278,6 +278,9 @@ def _networks(dtype: torch.dtype) -> Iterator[Instance]:
         yield Instance(
             _titans(f"norm-plain-{read}", **one, tokens=37, norm=True, **plain), dtype, {}
         )
+    # States are kept at every second chunk, or third: several stretches to go over.
+    size = {"key": 16, "value": 16, "hidden": 16}
+    yield Instance(_titans("deep-stretches", **one, tokens=67, **size), dtype, {})
     # One chunk, and all of it.
     whole = {"tokens": 16, "chunk_size": 16}
     yield Instance(_titans("deep-whole", **one, **whole, hidden=32), dtype, {})
@@ -297,28 +300,27 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
     one = {"batch": 1, "heads": 2}
     # Two segments in a chunk, or three; the second sequence goes on inside one.
     packed = {"chunk_size": 40, "bounds": [0, 20, 75], "positions": [0, 30], "tokens": 75}
-    for dim, hidden, device in (
-        (32, 48, {}),
-        (64, 32, TIGHT),
-        (128, 32, {}),
-        (128, 16, SMALL),
-        (32, None, {}),
-        (64, None, SMALL),
-        (128, None, {}),
-        (128, None, SMALL),
+    for heads, dim, hidden, device in (
+        (2, 32, 48, {}),
+        (2, 64, 32, TIGHT),
+        (1, 128, 32, {}),
+        (1, 128, 16, SMALL),
+        (2, 32, None, {}),
+        (2, 64, None, SMALL),
+        (1, 128, None, {}),
+        (1, 128, None, SMALL),
     ):
         name = f"{dim}x{hidden}" if hidden else f"linear-{dim}"
-        size = {"dim": dim, "hidden": hidden}
-        yield Instance(_selfmod(f"{name}-{len(device)}", **one, **packed, **size), dtype, device)
+        size = {"batch": 1, "heads": heads, "dim": dim, "hidden": hidden}
+        yield Instance(_selfmod(f"{name}-{len(device)}", **packed, **size), dtype, device)
     for hidden in (16, None):
         kind = "deep" if hidden else "linear"
         for read in ("after", "before", "chunk"):
             other = {"objective": "dot", "activation": "silu", "read": read, "hidden": hidden}
             yield Instance(_selfmod(f"{kind}-{read}", **one, tokens=37, **other), dtype, {})
-        # States are kept at every third chunk or so: several stretches to go over.
-        yield Instance(
-            _selfmod(f"{kind}-stretches", **one, tokens=66, chunk_size=4, hidden=hidden), dtype, {}
-        )
+        # States are kept at every second chunk, to every ninth: several stretches to go over.
+        stretches = {"batch": 1, "heads": 1, "tokens": 163, "hidden": hidden}
+        yield Instance(_selfmod(f"{kind}-stretches", **stretches), dtype, {})
         # One chunk, and all of it.
         whole = {"tokens": 16, "chunk_size": 16, "hidden": hidden}
         yield Instance(_selfmod(f"{kind}-whole", **one, **whole), dtype, {})
@@ -331,13 +333,15 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
 def _continuum_memories(dtype: torch.dtype) -> Iterator[Instance]:
     """Continuum memories: on devices where products are made in large tiles, or in small ones."""
     one = {"batch": 1}
-    for size, device in (("large", BUSY), ("small", IDLE)):
+    for size, tile, device in (("large", 128, BUSY), ("small", 64, IDLE)):
         # Several tiles in all directions and steps along all depths; the last chunk is partial.
-        yield Instance(
-            _cms(f"tiles-{size}", **one, tokens=208, dim=144, hidden=160, chunk_size=140),
-            dtype,
-            device,
-        )
+        tiles = {
+            "dim": tile + 16,
+            "hidden": tile + 32,
+            "chunk_size": tile + 12,
+            "tokens": tile + 20,
+        }
+        yield Instance(_cms(f"tiles-{size}", **one, **tiles), dtype, device)
         # Sequences that are empty, that end in the chunk they begin in, or just where one ends.
         packed = {"bounds": [0, 3, 3, 20, 36, 75], "positions": [12, 4, 31, 16, 7]}
         for objective in ("l2", "teach"):
