@@ -319,8 +319,7 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
             other = {"objective": "dot", "activation": "silu", "read": read, "hidden": hidden}
             yield Instance(_selfmod(f"{kind}-{read}", **one, tokens=37, **other), dtype, {})
         # States are kept at every second chunk, to every ninth: several stretches to go over.
-        stretches = {"batch": 1, "heads": 1, "tokens": 163, "hidden": hidden}
-        yield Instance(_selfmod(f"{kind}-stretches", **stretches), dtype, {})
+        yield Instance(_selfmod(f"{kind}-stretches", **one, tokens=163, hidden=hidden), dtype, {})
         # One chunk, and all of it.
         whole = {"tokens": 16, "chunk_size": 16, "hidden": hidden}
         yield Instance(_selfmod(f"{kind}-whole", **one, **whole), dtype, {})
