@@ -177,6 +177,12 @@ def instances() -> Iterator[Instance]:
         yield Instance(
             _titans("stretches-32x16", batch=1, tokens=42, key=32, chunk_size=4), dtype, {}
         )
+        # As many chunks as so many tokens can have, and chunks of one token more than segments.
+        most = {"batch": 2, "heads": 2, "tokens": 67, "chunk_size": 65, "positions": [64, 0]}
+        yield Instance(_titans("most-chunks-32x16", **most, key=32, value=16), dtype, SMALL)
+        for gate, other in (("momentum", "decay"), ("decay", "momentum")):
+            only = {"batch": 1, "heads": 1, "tokens": 20, "key": 32, other: False}
+            yield Instance(_titans(f"only_{gate}-32x16", **only), dtype, {})
         # Chunks of several whole segments, the last one too.
         for key in (32, 128):
             whole = {"batch": 1, "heads": 1, "tokens": 192, "chunk_size": 64, "key": key}
