@@ -1,9 +1,10 @@
-"""Runs packed cases with bounds that nobody has looked at, in a library with AddressSanitizer.
+"""Runs packed cases with bounds that nobody has looked at, and carried states with positions that
+nobody has, in a library with AddressSanitizer.
 
     python nonsense.py LIBRARY [OPERATOR ...]
 
-On a GPU the values of cu_seqlens are not checked: a kernel may do with them what it likes, except
-touch other memory. Prints "all done" in the end. OPERATOR: only the cases of these.
+On a GPU these values are not checked: a kernel may do with them what it likes, except touch other
+memory. Prints "all done" in the end. OPERATOR: only the cases of these.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ def main() -> int:
     for case in testing.CASES:
         if not str(case).startswith(operators):
             continue
-        arguments = case.make(torch.float32, "cpu")
-        if "cu_seqlens" not in arguments or not case.runs_on("emulated"):
+        if not case.runs_on("emulated"):
             continue
-        count = len(arguments["cu_seqlens"])
-        for seed in range(SEEDS):
+        arguments = case.make(torch.float32, "cpu")
+        bounds = arguments.get("cu_seqlens")
+        position = getattr(arguments.get("state"), "position", None)
+        if bounds is None and position is None:
+            continue
+        for seed in range(SEEDS if bounds is not None else 1):
             draw = torch.Generator().manual_seed(seed)
-            bounds = torch.randint(-9, 220, (count,), generator=draw, dtype=torch.int32)
+            for numbers, limits in ((bounds, (-9, 220)), (position, (-1000, 1000))):
+                if numbers is not None:
+                    numbers.random_(*limits, generator=draw)
             print(f"{case}, seed {seed}", flush=True)
-            evaluate(case, {**arguments, "cu_seqlens": bounds}, "emulated")
+            evaluate(case, arguments, "emulated")
     print("all done")
     return 0
 
