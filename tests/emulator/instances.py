@@ -91,8 +91,15 @@ def _conv(name: str, inputs=testing.conv_inputs, **options) -> Case:
     return Case("conv", name, hope_ext.causal_conv, make, everything="return_tail")
 
 
-def _selfmod(name: str, **options) -> Case:
-    make = functools.partial(testing.selfmod_inputs, **{"lr_bias": -4.0, **options})
+def _inputs_with_zeros(*args, **options) -> dict:
+    """A token whose generated key has no length."""
+    arguments = testing.selfmod_inputs(*args, **options)
+    arguments["x"][:, 3] = 0
+    return arguments
+
+
+def _selfmod(name: str, inputs=testing.selfmod_inputs, **options) -> Case:
+    make = functools.partial(inputs, **{"lr_bias": -4.0, **options})
     return Case("selfmod", name, hope_ext.self_modifying_memory, make)
 
 
@@ -138,6 +145,8 @@ def instances() -> Iterator[Instance]:
         size = {"key": 32, "value": 32, "hidden": hidden}
         yield from _alone(_titans(f"{kind}-alone-32x32", **one, **size))
         yield from _alone(_selfmod(f"{kind}-alone", **one, hidden=hidden))
+        zeros = _selfmod(f"{kind}-zero-key", _inputs_with_zeros, **one, hidden=hidden)
+        yield Instance(zeros, torch.float32, {})
     yield from _alone(_cms("alone", tokens=20))
     pending = dataclasses.replace(_cms("pending", tokens=20), function=_pending)
     yield Instance(pending, torch.float32, {})
@@ -287,15 +296,19 @@ def _networks(dtype: torch.dtype) -> Iterator[Instance]:
     # States are kept at every second chunk, or third: several stretches to go over.
     size = {"key": 16, "value": 16, "hidden": 16}
     yield Instance(_titans("deep-stretches", **one, tokens=67, **size), dtype, {})
+    # Chunks of two segments, or three, a state kept at each.
+    several = {**one, "tokens": 90, "chunk_size": 40}
+    yield Instance(_titans("deep-segments", **several, **size), dtype, {})
     # One chunk, and all of it.
     whole = {"tokens": 16, "chunk_size": 16}
     yield Instance(_titans("deep-whole", **one, **whole, hidden=32), dtype, {})
     yield Instance(_titans("norm-whole", **one, **whole, norm=True), dtype, {})
     steps = {"batch": 4, "tokens": 1, "positions": [0, 3, 14, 15]}
     for read in ("after", "before", "chunk"):
-        deep = {**steps, "key": 32, "value": 32, "hidden": 64, "read": read}
+        ways = {"read": read, "residual": read != "before"}
+        deep = {**steps, "key": 32, "value": 32, "hidden": 64, **ways}
         yield Instance(_titans(f"deep-step-{read}", **deep), dtype, {}, False)
-        of_norm = {**steps, "key": 32, "value": 32, "read": read, **norm}
+        of_norm = {**steps, "key": 32, "value": 32, **ways, **norm}
         yield Instance(_titans(f"norm-step-{read}", **of_norm), dtype, {}, False)
 
 
@@ -326,6 +339,9 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
             yield Instance(_selfmod(f"{kind}-{read}", **one, tokens=37, **other), dtype, {})
         # States are kept at every second chunk, to every ninth: several stretches to go over.
         yield Instance(_selfmod(f"{kind}-stretches", **one, tokens=163, hidden=hidden), dtype, {})
+        # Chunks of two segments, or three; of a linear memory, a state is kept at each.
+        several = {"batch": 1, "heads": 1, "tokens": 90, "chunk_size": 40, "hidden": hidden}
+        yield Instance(_selfmod(f"{kind}-segments", **several), dtype, {})
         # One chunk, and all of it.
         whole = {"tokens": 16, "chunk_size": 16, "hidden": hidden}
         yield Instance(_selfmod(f"{kind}-whole", **one, **whole), dtype, {})
