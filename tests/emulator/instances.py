@@ -339,10 +339,19 @@ def _selfmods(dtype: torch.dtype) -> Iterator[Instance]:
             yield Instance(_selfmod(f"{kind}-{read}", **one, tokens=37, **other), dtype, {})
         # States are kept at every second chunk, to every ninth: several stretches to go over.
         yield Instance(_selfmod(f"{kind}-stretches", **one, tokens=163, hidden=hidden), dtype, {})
-        # Chunks of two segments, or three; of a linear memory, a state is kept at each. It forgets
-        # so much that tokens next to each other differ by more than bfloat16 rounds away.
-        several = {"batch": 1, "heads": 1, "tokens": 90, "chunk_size": 40, "retention_bias": 1.0}
-        yield Instance(_selfmod(f"{kind}-segments", **several, hidden=hidden), dtype, {})
+        # Chunks of two segments, or three; of a linear memory, a state is kept at each.
+        several = {
+            "batch": 1,
+            "heads": 1,
+            "chunk_size": 40,
+            "retention_bias": 1.0,
+            "hidden": hidden,
+        }
+        yield Instance(_selfmod(f"{kind}-segments", **several, tokens=90), dtype, {})
+        # It learns and forgets so much that no token's part is less than bfloat16 rounds away;
+        # after more than one such chunk errors grow to where chance decides whose are larger.
+        fast = {**several, "tokens": 40, "lr_bias": -1.0}
+        yield Instance(_selfmod(f"{kind}-fast", **fast), dtype, {})
         # One chunk, and all of it.
         whole = {"tokens": 16, "chunk_size": 16, "hidden": hidden}
         yield Instance(_selfmod(f"{kind}-whole", **one, **whole), dtype, {})
