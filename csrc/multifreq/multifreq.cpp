@@ -2,6 +2,8 @@
 // hope_ext/multifreq.py; what is checked here protects memory against a caller of torch.ops.
 #include "multifreq/multifreq.h"
 
+#include <ATen/ops/empty_strided.h>
+
 #include <cmath>
 #include <utility>
 
@@ -13,18 +15,19 @@ namespace {
 
 using at::Tensor;
 
-// Kernels walk the tensors of a parameter side by side, as they lie in memory. Where they do not
-// all lie in the same order, contiguous copies take part, and are copied back in the end.
+// Kernels walk the tensors of a parameter side by side, in the order in which it lies in memory, or
+// in row-major order if it has gaps. Of what lies otherwise copies take part, which are copied back
+// in the end.
 class Tensors {
  public:
     void* written(const Tensor& tensor, const Tensor& like) {
         if (lies_like(tensor, like)) return bump(tensor).data_ptr();
-        copies_.emplace_back(tensor, tensor.contiguous());
+        copies_.emplace_back(tensor, laid_like(tensor, like));
         return bump(copies_.back().second).data_ptr();
     }
     const void* read(const Tensor& tensor, const Tensor& like) {
         if (lies_like(tensor, like)) return tensor.const_data_ptr();
-        return kept_.emplace_back(tensor.contiguous()).const_data_ptr();
+        return kept_.emplace_back(laid_like(tensor, like)).const_data_ptr();
     }
     void copy_back() const {
         for (const auto& [to, from] : copies_)
@@ -34,6 +37,10 @@ class Tensors {
  private:
     static bool lies_like(const Tensor& tensor, const Tensor& like) {
         return like.is_non_overlapping_and_dense() && tensor.strides() == like.strides();
+    }
+    static Tensor laid_like(const Tensor& tensor, const Tensor& like) {
+        if (!like.is_non_overlapping_and_dense()) return tensor.contiguous();
+        return at::empty_strided(like.sizes(), like.strides(), tensor.options()).copy_(tensor);
     }
     // A backward that has saved the tensor notices that it has changed.
     static const Tensor& bump(const Tensor& tensor) {

@@ -179,8 +179,8 @@ def _flags(
     level = "-O1" if variant in _SANITIZE else "-O2"  # their checks make optimising slow
     flags = ["-std=c++17", level, "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Wno-psabi", *_machine_flags(), f"-I{HERE}", f"-I{csrc}"]
-    if variant in _SANITIZE:  # lines, for their reports; the emulator names them without it
-        flags.append("-g1")
+    if variant in _SANITIZE:  # their reports name lines (-g1: not of what is not inlined)
+        flags.append("-g")
     if supports("-fno-gnu-unique"):  # a shared object's statics are its own
         flags.append("-fno-gnu-unique")
     flags += [part for folder in (*include, *cuda_include()) for part in ("-isystem", str(folder))]
