@@ -154,6 +154,17 @@ _MANY = {"shapes": [(n,) for n in (1, 40000, 3, 0, 17, 20001, 5)], "periods": [1
 
 
 @each_backend
+@pytest.mark.parametrize("name", ["params", "grads", "pending", "exp_avgs", "exp_avg_sqs"])
+def test_one_tensor_may_lie_otherwise(backend, name):
+    """A transposed parameter with a contiguous gradient, or the other way round."""
+    arguments = multifreq_inputs(torch.float32, device_of(backend), shapes=[(3, 5)], periods=[2])
+    expected = stepped(**arguments)
+    arguments[name] = [x.mT.contiguous().mT for x in arguments[name]]
+    for a, b in zip(expected, stepped(**arguments), strict=True):
+        assert torch.equal(a[0], b[0])
+
+
+@each_backend
 def test_more_parameters_than_a_launch_takes(backend):
     shapes = [(i % 5 + 1, 3) for i in range(300)]
     periods = [i % 3 + 1 for i in range(300)]
