@@ -176,11 +176,11 @@ def _launcher(variant: str) -> tuple[str, ...]:
 def _flags(
     source: Path, variant: str, include: Iterable[Path], defines: Iterable[str], csrc: Path
 ) -> list[str]:
-    level = "-O1" if variant in _SANITIZE else "-O2"  # their checks make optimising slow
+    level = "-O1" if variant == "address" else "-O2"  # its checks make optimising slow
     flags = ["-std=c++17", level, "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Wno-psabi", *_machine_flags(), f"-I{HERE}", f"-I{csrc}"]
-    if variant in _SANITIZE:  # their reports name lines (-g1: not of what is not inlined)
-        flags.append("-g")
+    if variant in _SANITIZE:  # lines, for their reports; the emulator names them without it
+        flags.append("-g1")
     if supports("-fno-gnu-unique"):  # a shared object's statics are its own
         flags.append("-fno-gnu-unique")
     flags += [part for folder in (*include, *cuda_include()) for part in ("-isystem", str(folder))]
