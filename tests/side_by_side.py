@@ -32,7 +32,7 @@ LONG = {
     "test_selfmod.py": 1,
     "test_hope_train.py": 1,
 }
-FILES_AT_A_TIME = 9  # of the others: starting a process takes seconds, too
+FILES_AT_A_TIME = 6  # of the others: starting a process takes seconds, too
 MOST_PROCESSES = 8
 NO_TEST = 5  # pytest's status where it found none
 
