@@ -275,9 +275,9 @@ def test_lesser_instruction_sets(isa):
         pytest.skip(f"this machine has no AVX2, but {mine}")
     code = (
         "import sys; sys.path.insert(0, 'tests'); import test_ops, torch\n"
-        "for case in test_ops.CASES:\n"
+        "for i, case in enumerate(test_ops.CASES):\n"
         "    test_ops.test_exact_in_float64(case)\n"
-        "    if case.tiny: test_ops.test_as_good_as_torch(case, torch.float32, 'cpu')\n"
+        "    if i % 3 == 0: test_ops.test_as_good_as_torch(case, torch.float32, 'cpu')\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -36,7 +36,8 @@ class Tensors {
 
  private:
     static bool lies_like(const Tensor& tensor, const Tensor& like) {
-        return like.is_non_overlapping_and_dense() && tensor.strides() == like.strides();
+        return (tensor.is_contiguous() && like.is_contiguous()) ||
+               (like.is_non_overlapping_and_dense() && tensor.strides() == like.strides());
     }
     static Tensor laid_like(const Tensor& tensor, const Tensor& like) {
         if (!like.is_non_overlapping_and_dense()) return tensor.contiguous();
