@@ -110,7 +110,7 @@ def try_laws(made: Path, operators: Iterable[str], seconds: float, **settings: s
 def try_nonsense(
     made: Path, operators: Iterable[str], seconds: float, **settings: str
 ) -> str | None:
-    """Whether nonsense in cu_seqlens or positions makes a library of `address` touch other memory."""
+    """Whether nonsense in bounds or positions makes a library of `address` touch other memory."""
     command = [sys.executable, build.HERE / "nonsense.py", made, *operators]
     run = functools.partial(build.run, command, "address", preload=True)
     return verdict(within(run, seconds, {**ENVIRONMENT, **settings}))
