@@ -4,10 +4,12 @@
 #   VENV=folder        the environment; an existing one keeps the torch (>= 2.9) that it has
 #   TORCH=torch==...   the torch that a new environment gets
 #   HOPE_CUDA=0        build the CPU kernels only
+#   HOPE_LINEINFO=1    keep source lines in the CUDA kernels, for profilers
 #   ARGS=...           passed on to hope train, pytest or the benchmark
 PYTHON ?= python3
 VENV ?= .venv
 export HOPE_CUDA ?=
+export HOPE_LINEINFO ?=
 export TORCH
 MAKEFLAGS += --no-print-directory
 .SILENT:
@@ -18,7 +20,7 @@ pip := $(python) -m pip install --disable-pip-version-check --no-compile
 dependencies := $(VENV)/.hope-dependencies
 built := build/.built
 native := $(wildcard csrc/*.cpp csrc/*/*)
-settings := $(VENV) $(HOPE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CXX) $(native)
+settings := $(VENV) $(HOPE_CUDA) $(HOPE_LINEINFO) $(TORCH_CUDA_ARCH_LIST) $(CXX) $(native)
 formatted := $(filter %.h %.cpp %.cu %.cuh,$(native) $(wildcard tests/emulator/*))
 fail = { echo "hope_ext: $(1)" >&2; exit 1; }
 index = $(call fail,pip failed; its reason is above. Is the package index reachable?)

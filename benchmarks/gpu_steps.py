@@ -92,6 +92,7 @@ def environment(code: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
         "HOPE_CUDA": "1",
+        "HOPE_LINEINFO": "1",  # for compute-sanitizer's reports, and ncu's
         "TORCH_CUDA_ARCH_LIST": code,
     }
 

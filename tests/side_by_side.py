@@ -62,9 +62,13 @@ def units() -> Iterator[Unit]:
 
 
 def of_part(items: list, part: str) -> list:
-    """The tests of a part, in conftest.py."""
+    """The tests of a part, in conftest.py. Those of one case share results: they stay together."""
     index, parts = map(int, part.split("/"))
-    return items[index::parts]
+    groups: dict[object, list] = {}
+    for number, item in enumerate(items):
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        groups.setdefault(str(case) if case else number, []).append(item)
+    return [item for group in list(groups.values())[index::parts] for item in group]
 
 
 def build_what_all_need() -> None:

@@ -85,7 +85,8 @@ def dump() -> Callable[..., Iterator[str]]:
 
     def lines(*options: str) -> Iterator[str]:
         command = [found, *options, _load.extension.__file__]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        said = subprocess.DEVNULL  # it has a word for each source that has not the function
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as run:
             yield from run.stdout
         assert run.returncode == 0
 
@@ -123,24 +124,27 @@ MMA = {"float": "TF32", "__nv_bfloat16": "BF16", "__half": "F32"}  # how SASS na
 
 @cuda_build
 def test_products_are_on_tensor_cores(dump):
-    """In the machine code, and of the instance's own dtype; of the newest architecture, since ptxas
-    has one translation of `mma.sync`, and to print half a gigabyte takes half a minute."""
+    """In the machine code, and of the kernel's own dtype; in one instance of each dtype, and of the
+    newest architecture, since an instance has the same `mma.sync` as the others, ptxas has one
+    translation of it, and to print half a gigabyte takes most of a minute."""
     rows = _load.build_report()["kernels"]
     newest = max(
         (row["architecture"] for row in rows), key=lambda a: int(a.rstrip("af").replace(".", ""))
     )
+    chosen = {}
+    for kernel in rows:
+        if kernel["architecture"] == newest:
+            plain_name = kernel["name"].replace("(anonymous namespace)::", "")
+            chosen[re.search(r"(\w+)(?:<([^,>]*)[^>]*>)?\(", plain_name).groups()] = kernel
+    symbols = ",".join(kernel["symbol"] for kernel in chosen.values())
     products, using = {}, set()
-    for line in dump("-sass", "-arch", f"sm_{newest.replace('.', '')}"):
+    for line in dump("-sass", "-arch", f"sm_{newest.replace('.', '')}", "-fun", symbols):
         if "Function : " in line:
             products[line.split()[-1]] = of_kernel = set()
         elif "MMA" in line:
             of_kernel.update(re.findall(r"\b[HIQ]G?MMA[.\w]*", line))
-    for kernel in rows:
-        if kernel["architecture"] != newest:
-            continue
+    for (name, dtype), kernel in chosen.items():
         found = products[kernel["symbol"]]
-        plain_name = kernel["name"].replace("(anonymous namespace)::", "")
-        name, dtype = re.search(r"(\w+)(?:<([^,>]*)[^>]*>)?\(", plain_name).groups()
         assert bool(found) == (name in TENSOR_CORE_KERNELS), kernel
         if found:
             using.add(name)
@@ -262,6 +266,16 @@ def test_hope_cuda_that_cannot_be_met(monkeypatch, choice, message):
     monkeypatch.setenv("HOPE_CUDA", choice)
     with pytest.raises(BuildError, match=message):
         build_config.wants_cuda(fake_torch(None))
+
+
+def test_line_info_is_a_choice(monkeypatch):
+    monkeypatch.delenv("HOPE_LINEINFO", raising=False)
+    assert build_config.line_info() == ()
+    monkeypatch.setenv("HOPE_LINEINFO", "1")
+    assert build_config.line_info() == ("-lineinfo",)
+    monkeypatch.setenv("HOPE_LINEINFO", "yes")
+    with pytest.raises(BuildError, match="HOPE_LINEINFO must be 0, 1 or unset, got 'yes'"):
+        build_config.line_info()
 
 
 def toolkit(home: Path, version: str, cudart: str = "lib64/libcudart.so") -> Path:

@@ -125,6 +125,7 @@ FOUND = [  # (mistake, variant, what the report contains)
     ("global_overrun", "address", ["AddressSanitizer: heap-buffer-overflow", LINE]),
     ("misaligned", "address", ["misaligned address", LINE]),
     ("misaligned_copy", "plain", ["cp.async: address", "is not a multiple of 16", LINE]),
+    ("assumed_shared", "address", ["is not in shared memory", LINE]),
     ("uninitialised_shared", "plain", ["wrong result", "nan"]),
     ("blocks_collide", "races", ["ThreadSanitizer: data race", LINE]),
     ("nested_launch", "plain", ["launch: called by a kernel"]),

@@ -1,5 +1,6 @@
 """The laws that every implementation of an operator keeps, over the cases of hope_ext.testing."""
 
+import functools
 import zlib
 from dataclasses import replace
 
@@ -47,10 +48,17 @@ each_case_on_each_backend_in_each_dtype = pytest.mark.parametrize(
 )
 
 
+@functools.cache
+def in_float32(case: Case, backend: str) -> list[tuple[str, torch.Tensor]]:
+    """What the laws compare with: a case's results, which must not be written to."""
+    return evaluate(case, case.make(torch.float32, device_of(backend)), backend)
+
+
 @each_case_on_each_backend_in_each_dtype
 def test_as_good_as_torch(case: Case, dtype: torch.dtype, backend: str):
     """Errors against the float64 definition are at most twice torch's own in this dtype."""
-    assert_as_good_as_torch(case, dtype, backend)
+    first = in_float32(case, backend) if dtype == torch.float32 else None
+    assert_as_good_as_torch(case, dtype, backend, first=first)
 
 
 @each_case
@@ -83,36 +91,27 @@ def test_gradcheck(case: Case):
 
 
 @each_case_on_each_backend
-def test_poison(case: Case, backend: str):
-    """Every element of every output, and of what a backward is given, is written: torch fills
-    fresh memory with NaN here."""
+def test_repeat(case: Case, backend: str):
+    """A second run gives the same bits, on the CPU with another number of threads, and leaves its
+    inputs alone. Every element of every output, and of what a backward is given, is written: there,
+    torch fills fresh memory with NaN."""
     arguments, kept = case.make(torch.float32, device_of(backend)), []
+    before = [x.clone() for x in float_leaves(arguments)]
+    first = in_float32(case, backend)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
     torch.use_deterministic_algorithms(True)
     try:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            results = evaluate(case, arguments, backend)
+            second = evaluate(case, arguments, backend)
     finally:
         torch.use_deterministic_algorithms(False)
-    # Without a token no CUDA kernel runs, neither forward nor backward.
-    if not results or results[0][1].numel():
-        results += [(f"kept {i}", x) for i, x in enumerate(kept)]
-    for name, x in results:
-        assert torch.isfinite(x).all(), name
-
-
-@each_case_on_each_backend
-def test_repeat(case: Case, backend: str):
-    """Two runs give the same bits, on the CPU with any number of threads, and leave their inputs
-    alone."""
-    arguments = case.make(torch.float32, device_of(backend))
-    before = [x.clone() for x in float_leaves(arguments)]
-    first = evaluate(case, arguments, backend)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)
-    try:
-        second = evaluate(case, arguments, backend)
-    finally:
         torch.set_num_threads(threads)
+    # Without a token no CUDA kernel runs, neither forward nor backward.
+    if second and not second[0][1].numel():
+        kept.clear()
+    for name, x in [*second, *((f"kept {i}", x) for i, x in enumerate(kept))]:
+        assert torch.isfinite(x).all(), name
     for (name, a), (_, b) in zip(first, second, strict=True):
         assert torch.equal(a, b), name
     assert all(map(torch.equal, before, float_leaves(arguments)))
@@ -134,8 +133,7 @@ def test_layout(case: Case, backend: str):
         wide[..., 1:-2] = x
         return wide[..., 1:-2]
 
-    arguments = case.make(torch.float32, device_of(backend))
-    expected = evaluate(case, arguments, backend)
+    arguments, expected = case.make(torch.float32, device_of(backend)), in_float32(case, backend)
     ways = transposed, spread, offset
     first = zlib.crc32(str(case).encode())
     turns = [[way] for way in ways] if case.tiny else [[ways[(first + i) % 3] for i in range(3)]]
@@ -178,10 +176,21 @@ def test_compile(case: Case):
     assert_compiles(case, "aot_eager")
 
 
-def test_inductor():
-    """One case of each operator, in one test: a process's first takes as long as fifty others."""
-    for case in {case.stem: case for case in CASES if case.tiny}.values():
-        assert_compiles(case, "inductor")
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_inductor(differentiable):
+    """One case of each operator, all in one graph: a graph takes seconds, however small it is."""
+    tiny = {case.stem: case for case in CASES if case.tiny}.values()
+    cases = [case for case in tiny if case.differentiable == differentiable]
+
+    def every(**arguments):
+        return [case.function(**arguments[case.stem]) for case in cases]
+
+    def make(dtype, device):
+        return {case.stem: case.returning_everything(case.make(dtype, device)) for case in cases}
+
+    every_case = Case("every", "operator", every, make, False, None, differentiable=differentiable)
+    with torch._inductor.config.patch(compile_threads=1):  # else it starts processes, to no avail
+        assert_compiles(every_case, "inductor")
 
 
 @each_tiny_differentiable_case

@@ -1,6 +1,7 @@
 """`make test` runs every test once, and says so if one fails."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import side_by_side
 from side_by_side import TESTS, Result, Unit
@@ -19,6 +20,17 @@ def test_parts_are_all_of_the_tests():
     parts = [side_by_side.of_part(tests, f"{i}/3") for i in range(3)]
     assert sorted(test for part in parts for test in part) == tests
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_case_is_in_one_part():
+    tests = [
+        SimpleNamespace(callspec=SimpleNamespace(params={"case": case, "backend": backend}))
+        for backend in ("cpu", "emulated")
+        for case in "abcde"
+    ]
+    parts = [side_by_side.of_part(tests, f"{i}/2") for i in range(2)]
+    cases = [Counter(test.callspec.params["case"] for test in part) for part in parts]
+    assert cases == [dict.fromkeys("ace", 2), dict.fromkeys("bd", 2)]
 
 
 def test_what_failed_is_named(monkeypatch, capsys):

@@ -18,7 +18,9 @@ DEVICE Activated activate(Activation activation, float z) {
         slope = kScale * (1 + 3 * kCubic * z * z);
         curve = kScale * 6 * kCubic * z;
     }
-    const float s = 1 / (1 + expf(-g)), spread = s / (1 + expf(g));  // s (1 - s)
+    // Of the exponential that cannot overflow; no difference, so that nothing cancels in s (1 - s).
+    const float e = expf(-fabsf(g)), larger = 1 / (1 + e), smaller = e * larger;
+    const float s = g < 0 ? smaller : larger, spread = larger * smaller;
     const float s1 = spread * slope;
     return {z * s, s + z * s1, 2 * s1 + z * (s1 * (1 - 2 * s) * slope + spread * curve)};
 }

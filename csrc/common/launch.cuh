@@ -18,6 +18,8 @@
 
 #define DEVICE __device__ __forceinline__
 // A device function that is called: what it needs takes no registers from its caller's other parts.
+// Of a class it is `const __restrict__`: nobody else writes to the object, so what it has read of
+// it does not have to be read again after every store and every barrier.
 #define DEVICE_CALL __device__ __noinline__
 // Before a kernel's struct of params: functions that are given it by reference read it where it is,
 // without a copy for every thread.

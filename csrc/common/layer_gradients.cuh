@@ -201,25 +201,31 @@ class LayerGradients : public LayerSegment<E, D, Tokens> {
 #pragma unroll
         for (int tile = 0; tile < Columns / 8; tile++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int r = row + lane / 4 + i / 2 * 8,
-                          c = column + tile * 8 + lane % 4 * 2 + i % 2;
-                float &of_w = *d_w.at(r, c), pending = to_anchor[tile][i];
-                const float after_w = of_w, old_w = *w.at(r, c);
+            for (int half = 0; half < 2; half++) {
+                const int r = row + lane / 4 + half * 8, c = column + tile * 8 + lane % 4 * 2;
+                const float *const own_w = &to_w[tile][half * 2], *const own_s =
+                                                                      &to_s[tile][half * 2];
+                float2 pending =
+                    make_float2(to_anchor[tile][half * 2], to_anchor[tile][half * 2 + 1]);
                 if (d_anchor.data) {
-                    float& of_anchor = *d_anchor.at(r, c);
-                    pending += of_anchor;
-                    of_anchor = at.new_chunk ? 0 : pending;
-                    if (!at.new_chunk) pending = 0;
+                    float2& of_anchor = pair_at(d_anchor.at(r, c));
+                    pending = make_float2(pending.x + of_anchor.x, pending.y + of_anchor.y);
+                    const float2 none = make_float2(0, 0);
+                    of_anchor = at.new_chunk ? none : pending;
+                    if (!at.new_chunk) pending = none;
                 }
-                of_w = vectors.b * after_w + to_w[tile][i] + pending;
-                products[kWeightsWeights] += after_w * old_w;
+                float2& of_w = pair_at(d_w.at(r, c));
+                const float2 after_w = of_w, old_w = pair_at(w.at(r, c));
+                of_w = make_float2(vectors.b * after_w.x + own_w[0] + pending.x,
+                                   vectors.b * after_w.y + own_w[1] + pending.y);
+                products[kWeightsWeights] += after_w.x * old_w.x + after_w.y * old_w.y;
                 if (!d_s.data) continue;
-                float& of_s = *d_s.at(r, c);
-                const float after_s = of_s, old_s = *s.at(r, c);
-                of_s = vectors.c * after_w + vectors.m * after_s + to_s[tile][i];
-                products[kWeightsMomenta] += after_w * old_s;
-                products[kMomentaMomenta] += after_s * old_s;
+                float2& of_s = pair_at(d_s.at(r, c));
+                const float2 after_s = of_s, old_s = pair_at(s.at(r, c));
+                of_s = make_float2(vectors.c * after_w.x + vectors.m * after_s.x + own_s[0],
+                                   vectors.c * after_w.y + vectors.m * after_s.y + own_s[1]);
+                products[kWeightsMomenta] += after_w.x * old_s.x + after_w.y * old_s.y;
+                products[kMomentaMomenta] += after_s.x * old_s.x + after_s.y * old_s.y;
             }
     }
 

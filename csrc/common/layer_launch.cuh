@@ -94,9 +94,15 @@ int64_t states_of_block(const Params& p) {
     return chunks_of_group(p) + Sequence<Tokens>::segments_of_chunk(p) - 1;
 }
 
+// Tokens of the segments that a kernel of 16-bit numbers has instances for. Where 32 fit every
+// device (99 KiB of shared memory, with what is of float in scratch memory), or hardly any, there
+// is no other; in float32 there are 16 always.
+enum class SegmentTokens { only_16, only_32, both };
+
 // body(plan, kernel) for the instance of a kernel that the params want: tiles with room for D
 // columns, segments of as many tokens as fit the device. Kernel<E, D, Tokens, Layers> has
-// demand(params) and the kernel itself. Returns false if no segment fits.
+// demand(params), the kernel itself, and `segments`, which says what Tokens there are. Returns
+// false if no segment fits.
 template <class E, template <class, int D, int Tokens, int Layers> class Kernel, class Params,
           class Body>
 bool for_fitting(const Params& p, const Body& body) {
@@ -105,15 +111,18 @@ bool for_fitting(const Params& p, const Body& body) {
         using Instance =
             Kernel<E, decltype(width)::value, decltype(tokens)::value, decltype(layers)::value>;
         const LayerPlan plan = layer_plan(p, Instance::demand(p));
-        if (plan.fits) body(plan, Instance::kernel);
+        if (plan.fits) body(plan, Instance::kernel());
         return plan.fits;
     };
     const auto for_tokens = [&](auto width, auto layers) {
-        if constexpr (sizeof(E) == 2)
+        constexpr SegmentTokens kTokens =
+            sizeof(E) == 4
+                ? SegmentTokens::only_16
+                : Kernel<E, decltype(width)::value, 16, decltype(layers)::value>::segments;
+        if constexpr (kTokens != SegmentTokens::only_16)
             if (attempt(width, Constant<32>(), layers)) return true;
-        if constexpr (sizeof(E) == 2 && decltype(layers)::value == 1 &&
-                      decltype(width)::value <= 64)
-            return false;  // 32 tokens fit every device
+        if constexpr (kTokens == SegmentTokens::only_32)
+            return false;
         else
             return attempt(width, Constant<16>(), layers);
     };

@@ -27,7 +27,9 @@ struct Features {
     E* data;
 
     DEVICE E* at(int feature, int token) const {
-        return data + (ByToken ? token * Stride + feature : feature * Stride + token);
+        E* const element = data + (ByToken ? token * Stride + feature : feature * Stride + token);
+        if constexpr (sizeof(E) == 2) assume_shared(element);  // of float it may be anywhere
+        return element;
     }
     // Blocks of left operands: 16 tokens by 16 features, or the other way round.
     DEVICE void load_tokens(Block<E>& to, int token, int feature) const {

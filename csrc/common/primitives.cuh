@@ -54,6 +54,16 @@ DEVICE uint32_t shared_address(const void* p) {
 }
 #endif
 
+// Tells the compiler that this points into dynamic shared memory, or to its end: loads and stores
+// of its own are cheaper than those through a pointer to anything.
+DEVICE void assume_shared(const void* p CALL_SITE) {
+#ifdef __CUDACC__
+    __builtin_assume(__isShared(p));
+#else
+    if (::emulator::kRequiresShared) ::emulator::require_shared(p, site);
+#endif
+}
+
 // Starts to copy 16 bytes to shared memory; those past `valid_bytes` become zero and are not read.
 // Both addresses are multiples of 16.
 DEVICE void cp_async_16(void* shared, const void* global, int valid_bytes = 16 CALL_SITE) {

@@ -183,7 +183,12 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
 
 template <class E, int D, int Tokens, int Layers>
 struct SelfmodBackward {
-    static constexpr auto kernel = selfmod_bwd_kernel<E, D, Tokens, Layers>;
+    static auto kernel() { return selfmod_bwd_kernel<E, D, Tokens, Layers>; }
+    // Of 128 features and two layers, 32 tokens fit 227 KiB only for hidden sizes up to 128, and
+    // then with all that is of float in scratch memory.
+    static constexpr SegmentTokens segments =
+        D <= 64 ? (Layers == 1 ? SegmentTokens::only_32 : SegmentTokens::both)
+                : (Layers == 1 ? SegmentTokens::both : SegmentTokens::only_16);
 
     static LayerDemand demand(const SelfmodParams& p) {
         LayerDemand demand = tiles_demand(

@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
 
 template <class E, int D, int Tokens, int Layers>
 struct SelfmodForward {
-    static constexpr auto kernel = selfmod_fwd_kernel<E, D, Tokens, Layers>;
+    static auto kernel() { return selfmod_fwd_kernel<E, D, Tokens, Layers>; }
+    static constexpr SegmentTokens segments =
+        Layers == 1 ? SegmentTokens::only_32 : SegmentTokens::both;
 
     static LayerDemand demand(const SelfmodParams& p) {
         LayerDemand demand = tiles_demand(

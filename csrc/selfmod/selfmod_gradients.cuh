@@ -48,7 +48,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
         this->start_rows(all_.d_o, p_.d_o, at);
     }
     // Clears what the memories add to. Y has been found.
-    DEVICE_CALL void clear_sums(bool new_chunk) const {
+    DEVICE_CALL void clear_sums(bool new_chunk) const __restrict__ {
         const auto clear = [](float* to, int count) {
             for (int i = thread(); i < count; i += kLayerThreads) to[i] = 0;
         };
@@ -163,7 +163,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
         __syncthreads();
         leave_queries(at);
     }
-    DEVICE_CALL void differentiate_last_scores() const {
+    DEVICE_CALL void differentiate_last_scores() const __restrict__ {
         if (reads_anchor_) return;
         this->template differentiate_scores<true>(hidden_of_queries(), hidden_of_keys(),
                                                   hidden_of(kMemory), all_.d_o, last_errors(), dim_,
@@ -171,7 +171,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     // dZQ in place of ZQ.
     DEVICE_CALL void hidden_queries_gradient(const MemoryMatrices& memory,
-                                             const MemoryMatrices& anchor) const {
+                                             const MemoryMatrices& anchor) const __restrict__ {
         Tiles::for_slices(hidden_of(kMemory), [&](int slice) {
             Hidden d_hq = {};
             this->query_gradients(d_hq, slice, 0, all_.d_o, shared_.hq, shared_.h, all_.d_last,
@@ -184,14 +184,14 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
             });
         });
     }
-    DEVICE_CALL void differentiate_first_scores() const {
+    DEVICE_CALL void differentiate_first_scores() const __restrict__ {
         if (reads_anchor_) return;
         this->template differentiate_scores<true>(shared_.q, shared_.k, dim_, shared_.zq, shared_.r,
                                                   hidden_of(kMemory), nullptr, all_.d_first);
     }
     // dQ in `sums`.
     DEVICE_CALL void queries_gradient(const MemoryMatrices& memory,
-                                      const MemoryMatrices& anchor) const {
+                                      const MemoryMatrices& anchor) const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             Sums d_q = {};
             this->query_gradients(d_q, slice, at, first_outputs_gradient(), shared_.q, shared_.k,
@@ -199,7 +199,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
             this->store_sums(shared_.sums, d_q, slice, at);
         });
     }
-    DEVICE_CALL void leave_queries(const Segment& at) const {
+    DEVICE_CALL void leave_queries(const Segment& at) const __restrict__ {
         const int t = Tiles::token_of_group();
         if (t >= at.rows) return;
         E* const d_q = token<E>(p_.d_q, in_, at.first + t);
@@ -219,7 +219,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     // ---- the first layer, or the only one ----
 
     // What reads and updates add to dK.
-    DEVICE_CALL void add_to_keys(const MemoryMatrices& d_after, bool is_read) const {
+    DEVICE_CALL void add_to_keys(const MemoryMatrices& d_after, bool is_read) const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             Sums d_k = {};
             this->key_gradients(d_k, slice, at, shared_.q, all_.d_first, shared_.r,
@@ -228,7 +228,8 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
         });
     }
     // (I + L)^T X = right sides in place, and rounded; as in the forward.
-    DEVICE_CALL void solve_transposed(int rows, const typename Tiles::ByFeature& rounded) const {
+    DEVICE_CALL void solve_transposed(int rows, const typename Tiles::ByFeature& rounded) const
+        __restrict__ {
         for (int row = thread(); row < rows; row += kLayerThreads) {
             float* const solution = &right(row, 0);
 #pragma unroll 1
@@ -258,7 +259,8 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     // dL -= gradients solution^T, lower triangle.
     template <class F>
-    DEVICE_CALL void add_to_system(const F& gradients, const F& solution, int rows) const {
+    DEVICE_CALL void add_to_system(const F& gradients, const F& solution, int rows) const
+        __restrict__ {
         Tiles::for_lower_blocks([&](int row, int column) {
             Accumulator<2> x = {};
             this->multiply_scores(x, gradients, solution, rows, row, column);
@@ -272,8 +274,8 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     // ---- two layers ----
 
     // dR, as the right sides of the transposed system.
-    DEVICE_CALL void first_errors_gradient(const MemoryMatrices& d_after, int m,
-                                           bool is_read) const {
+    DEVICE_CALL void first_errors_gradient(const MemoryMatrices& d_after, int m, bool is_read) const
+        __restrict__ {
         Tiles::for_slices(hidden_of(m), [&](int slice) {
             Hidden d_r = {};
             this->error_gradients(d_r, slice, 0, shared_.zq, shared_.scores, shared_.k, shared_.r,
@@ -284,7 +286,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     // From dG: dU, and in place of dG the part of dZ that does not come through H.
     DEVICE_CALL void through_solution(const MemoryMatrices& memory, const MemoryMatrices& anchor,
-                                      int m, bool new_chunk) const {
+                                      int m, bool new_chunk) const __restrict__ {
         Tiles::for_slices(hidden_of(m), [&](int slice) {
             Hidden u = {}, kw = {};
             multiply_state<true>(u, anchor.layer[Layers - 1], slice, shared_.e, 0);
@@ -301,7 +303,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     // dE, and what K and V get of it directly.
     DEVICE_CALL void errors_gradient(const MemoryMatrices& anchor, const MemoryMatrices& d_after,
-                                     int m, bool is_read) const {
+                                     int m, bool is_read) const __restrict__ {
         Tiles::for_part(rows_of_outputs(m), [&](int slice, int at) {
             Sums d_e = {};
             this->error_gradients(d_e, slice, at, all_.d_o, all_.last_scores, shared_.h, shared_.e,
@@ -318,7 +320,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     // dZ of K in place of Z, that of V in place of R.
     DEVICE_CALL void hidden_gradients(const MemoryMatrices& anchor, const MemoryMatrices& d_after,
-                                      int m, bool is_read) const {
+                                      int m, bool is_read) const __restrict__ {
         Tiles::for_slices(hidden_of(m), [&](int slice) {
             Hidden d_h = {}, of_e = {}, z_v = {};
             this->key_gradients(d_h, slice, 0, shared_.hq, all_.d_last, shared_.e,
@@ -336,7 +338,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
         });
     }
     DEVICE_CALL void through_first_layer(const MemoryMatrices& memory, const MemoryMatrices& anchor,
-                                         bool new_chunk) const {
+                                         bool new_chunk) const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             Sums d_k = {}, d_v = {}, of_state = {};
             multiply_state<true>(d_k, anchor.layer[0], slice, shared_.z, at);
@@ -353,7 +355,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     DEVICE_CALL void states_gradient(const Segment& at, const MemoryMatrices& memory,
                                      const MemoryMatrices& d_state, const MemoryMatrices& d_anchor,
-                                     bool is_read) const {
+                                     bool is_read) const __restrict__ {
         float products[kProducts] = {};
         this->layer_gradient(
             at, layer(memory, 0), layer(d_state, 0), d_anchor.layer[0], shared_.zq, shared_.q,
@@ -403,7 +405,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     // ---- one layer ----
 
     DEVICE_CALL void solution_errors_gradient(const MemoryMatrices& d_after, int m,
-                                              bool is_read) const {
+                                              bool is_read) const __restrict__ {
         Tiles::for_part(rows_of_outputs(m), [&](int slice, int at) {
             Sums d_r = {};
             this->error_gradients(d_r, slice, at, all_.d_o, all_.last_scores, shared_.k, shared_.r,
@@ -415,7 +417,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     // dY += dR W^T, as the right sides of the transposed system.
     DEVICE_CALL void add_to_solution(const MemoryMatrices& memory, const MemoryMatrices& anchor,
-                                     bool new_chunk) const {
+                                     bool new_chunk) const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             Sums of_state = {}, of_anchor = {};
             multiply_state<true>(of_state, memory.layer[0], slice, all_.d_r, at);
@@ -432,7 +434,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
     }
     DEVICE_CALL void state_gradient(const Segment& at, const MemoryMatrices& memory,
                                     const MemoryMatrices& d_state, const MemoryMatrices& d_anchor,
-                                    bool is_read) const {
+                                    bool is_read) const __restrict__ {
         float products[kProducts] = {};
         this->layer_gradient(
             at, layer(memory, 0), layer(d_state, 0), d_anchor.layer[0], all_.d_o, shared_.q,
@@ -445,7 +447,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
             is_read);
         leave_products(products);
     }
-    DEVICE_CALL void through_common_right_sides(bool new_chunk) const {
+    DEVICE_CALL void through_common_right_sides(bool new_chunk) const __restrict__ {
         const int t = Tiles::token_of_group();
         float of_b = 0;
         for_columns([&](int i) {
@@ -460,7 +462,7 @@ class SelfmodGradients : public SelfmodSegment<E, D, Tokens, Layers, LayerGradie
             shared_.gates.sums[kBefore * Gates::kSplits * Tokens + t] += of_b;
     }
 
-    const Layout& all_;
+    const Layout all_;
 };
 
 }  // namespace hope

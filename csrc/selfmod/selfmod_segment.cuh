@@ -58,7 +58,7 @@ class SelfmodSegment : public SelfmodTokens<E, D, Tokens, Layers, Of> {
         finish_reads(o);
         __syncthreads();
     }
-    DEVICE_CALL void leave_outputs(const Segment& at) const {
+    DEVICE_CALL void leave_outputs(const Segment& at) const __restrict__ {
         const int t = Tiles::token_of_group();
         if (t >= at.rows) return;
         const E* const q = token<const E>(p_.q, in_, at.first + t);
@@ -66,7 +66,8 @@ class SelfmodSegment : public SelfmodTokens<E, D, Tokens, Layers, Of> {
         for_columns(
             [&](int i) { o[i] = from_float<E>(sum(t, i) + (Layers == 2 ? to_float(q[i]) : 0)); });
     }
-    DEVICE_CALL void update(const MemoryMatrices& from, const MemoryMatrices& to) const {
+    DEVICE_CALL void update(const MemoryMatrices& from, const MemoryMatrices& to) const
+        __restrict__ {
         update_layer(from.layer[0], to.layer[0], shared_.r, shared_.k);
         if constexpr (Layers == 2) update_layer(from.layer[1], to.layer[1], shared_.e, shared_.h);
     }
@@ -97,7 +98,7 @@ class SelfmodSegment : public SelfmodTokens<E, D, Tokens, Layers, Of> {
 
     // R = Y W
     DEVICE_CALL void errors_of_solution(const MemoryMatrices& memory, const MemoryMatrices& anchor,
-                                        int m, bool new_chunk) const {
+                                        int m, bool new_chunk) const __restrict__ {
         Tiles::for_part(rows_of_outputs(m), [&](int slice, int at) {
             Sums r = {};
             multiply_state<false>(r, memory.layer[0], slice, shared_.y, at);
@@ -109,11 +110,12 @@ class SelfmodSegment : public SelfmodTokens<E, D, Tokens, Layers, Of> {
         });
     }
 
-    DEVICE_CALL void hidden_keys_and_values(const MemoryMatrices& anchor, int m) const {
+    DEVICE_CALL void hidden_keys_and_values(const MemoryMatrices& anchor, int m) const
+        __restrict__ {
         hide(anchor.layer[0], m, shared_.k, shared_.h, shared_.z.data);
         hide(anchor.layer[0], m, shared_.v, shared_.hv, nullptr);
     }
-    DEVICE_CALL void compute_errors(const MemoryMatrices& anchor, int m) const {
+    DEVICE_CALL void compute_errors(const MemoryMatrices& anchor, int m) const __restrict__ {
         Tiles::for_part(rows_of_outputs(m), [&](int slice, int at) {
             Sums e = {}, of_values = {};
             if (l2_) multiply_state<false>(e, anchor.layer[1], slice, shared_.h, at);
@@ -128,7 +130,7 @@ class SelfmodSegment : public SelfmodTokens<E, D, Tokens, Layers, Of> {
     DEVICE float residual(int m, int f, int t) const { return has_residual(m) ? apart(t, f) : 0; }
     // G + b' * (K W1)
     DEVICE_CALL void right_sides(const MemoryMatrices& memory, const MemoryMatrices& anchor,
-                                 int m) const {
+                                 int m) const __restrict__ {
         Tiles::for_slices(hidden_of(m), [&](int slice) {
             Hidden u = {}, kw = {};
             multiply_state<true>(u, anchor.layer[1], slice, shared_.e, 0);
@@ -152,16 +154,16 @@ class SelfmodSegment : public SelfmodTokens<E, D, Tokens, Layers, Of> {
 
     // ---- read ----
 
-    DEVICE_CALL void score_first() const {
+    DEVICE_CALL void score_first() const __restrict__ {
         if (!this->reads_anchor_) this->score(shared_.q, shared_.k, dim_, shared_.scores);
     }
-    DEVICE_CALL void score_last() const {
+    DEVICE_CALL void score_last() const __restrict__ {
         if (!this->reads_anchor_)
             this->score(hidden_of_queries(), hidden_of_keys(), hidden_of(kMemory), shared_.scores);
     }
     template <bool Keeps>
     DEVICE_CALL void hidden_queries(const MemoryMatrices& memory,
-                                    const MemoryMatrices& anchor) const {
+                                    const MemoryMatrices& anchor) const __restrict__ {
         Tiles::for_slices(hidden_of(kMemory), [&](int slice) {
             Hidden zq = {};
             this->read_slice(zq, LayerState{memory.layer[0], {}}, anchor.layer[0], slice, shared_.q,
@@ -175,13 +177,13 @@ class SelfmodSegment : public SelfmodTokens<E, D, Tokens, Layers, Of> {
         });
     }
     DEVICE_CALL void start_reads(Sums& o, const MemoryMatrices& memory,
-                                 const MemoryMatrices& anchor) const {
+                                 const MemoryMatrices& anchor) const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             this->read_slice(o, LayerState{memory.layer[Layers - 1], {}}, anchor.layer[Layers - 1],
                              slice, hidden_of_queries(), at);
         });
     }
-    DEVICE_CALL void finish_reads(Sums& o) const {
+    DEVICE_CALL void finish_reads(Sums& o) const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             if (!this->reads_anchor_) subtract_errors(o, last_errors(), slice, at);
             this->store_sums(shared_.sums, o, slice, at);

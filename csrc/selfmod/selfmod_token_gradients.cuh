@@ -64,7 +64,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
     // ---- the system ----
 
     // dL becomes the gradient of K K^T; A's row t - 1 gets its share.
-    DEVICE_CALL void differentiate_system() const {
+    DEVICE_CALL void differentiate_system() const __restrict__ {
         Tiles::for_lower_blocks([&](int row, int column) {
             Accumulator<2> x = {};
             this->multiply_scores(x, shared_.k, shared_.k, dim_, row, column);
@@ -81,7 +81,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
         });
     }
     // dK += (dX + dX^T) K, dX lower.
-    DEVICE_CALL void add_similar_keys() const {
+    DEVICE_CALL void add_similar_keys() const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             Sums d_k = {};
 #pragma unroll
@@ -108,7 +108,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
     }
     // A's recurrence, a thread for each column, and b's. What keep[t] receives of a column stays in
     // the column's place of dA, what it receives of b in in_momenta; dlr in in_weights.
-    DEVICE_CALL void through_recurrences(const Segment& at) const {
+    DEVICE_CALL void through_recurrences(const Segment& at) const __restrict__ {
         const Gates& gates = shared_.gates;
         const int s = thread(), last = at.rows - 1;
         if (s < at.rows) {
@@ -135,7 +135,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
             }
         }
     }
-    DEVICE_CALL void through_gates(const Segment& at) const {
+    DEVICE_CALL void through_gates(const Segment& at) const __restrict__ {
         const Gates& gates = shared_.gates;
         const int t = thread();
         if (t >= Tokens) return;
@@ -152,7 +152,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
     // ---- the memories that generate ----
 
     // dF in the tile of errors, and what x gets of it directly.
-    DEVICE_CALL void generated_gradient(int m) const {
+    DEVICE_CALL void generated_gradient(int m) const __restrict__ {
         const int t = Tiles::token_of_group();
         const typename Tiles::ByToken& to = all_.d_e;
         if (this->is_gate(m)) {
@@ -187,7 +187,8 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
         if constexpr (std::is_same_v<E, fp16>) x = fminf(fmaxf(x, -65504.f), 65504.f);
         return from_float<E>(x);
     }
-    DEVICE_CALL void hidden_inputs_gradient(const MemoryMatrices& anchor, int m) const {
+    DEVICE_CALL void hidden_inputs_gradient(const MemoryMatrices& anchor, int m) const
+        __restrict__ {
         Tiles::for_slices(hidden_of(m), [&](int slice) {
             Hidden z = {}, d_h = {};
             multiply_state<false>(z, anchor.layer[0], slice, shared_.x, 0);
@@ -199,7 +200,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
             });
         });
     }
-    DEVICE_CALL void inputs_gradient(const MemoryMatrices& anchor) const {
+    DEVICE_CALL void inputs_gradient(const MemoryMatrices& anchor) const __restrict__ {
         Tiles::for_part(dim_, [&](int slice, int at) {
             Sums d_x = {};
             if constexpr (Layers == 2)
@@ -209,7 +210,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
             this->add_sums(all_.d_x, d_x, slice, at);
         });
     }
-    DEVICE_CALL void add_to_matrices(const MemoryMatrices& to) const {
+    DEVICE_CALL void add_to_matrices(const MemoryMatrices& to) const __restrict__ {
         if constexpr (Layers == 2) {
             add_product(to.layer[0], shared_.z, shared_.x);
             add_product(to.layer[1], all_.d_e, shared_.h);
@@ -230,7 +231,7 @@ class SelfmodTokenGradients : public SelfmodGradients<E, D, Tokens, Layers> {
             });
         });
     }
-    DEVICE_CALL void leave_inputs(const Segment& at) const {
+    DEVICE_CALL void leave_inputs(const Segment& at) const __restrict__ {
         const int t = Tiles::token_of_group();
         if (t >= at.rows) return;
         E* const d_x = token<E>(p_.d_x, in_, at.first + t);

@@ -160,10 +160,10 @@ class SelfmodTokens : public Base {
             });
         });
     }
-    DEVICE_CALL void hidden_inputs(const MemoryMatrices& anchor, int m) const {
+    DEVICE_CALL void hidden_inputs(const MemoryMatrices& anchor, int m) const __restrict__ {
         hide(anchor.layer[0], m, shared_.x, shared_.h, nullptr);
     }
-    DEVICE_CALL void look_at_inputs(const MemoryMatrices& anchor, int m) const {
+    DEVICE_CALL void look_at_inputs(const MemoryMatrices& anchor, int m) const __restrict__ {
         Tiles::for_part(rows_of_outputs(m), [&](int slice, int at) {
             Sums y = {};
             multiply_state<false>(y, anchor.layer[Layers - 1], slice, hidden_of_inputs(), at);
@@ -179,7 +179,7 @@ class SelfmodTokens : public Base {
             });
         });
     }
-    DEVICE_CALL void leave_keys() const {
+    DEVICE_CALL void leave_keys() const __restrict__ {
         const int t = Tiles::token_of_group();
         float square = 0;
         for_columns([&](int i) {
@@ -195,7 +195,7 @@ class SelfmodTokens : public Base {
             apart(t, i) = l2_ ? k : 0;
         });
     }
-    DEVICE_CALL void leave_values() const {
+    DEVICE_CALL void leave_values() const __restrict__ {
         const int t = Tiles::token_of_group();
         for_columns([&](int i) {
             const float v = sum(t, i) + (Layers == 2 ? to_float(*shared_.x.at(i, t)) : 0);
@@ -214,7 +214,7 @@ class SelfmodTokens : public Base {
     }
     // A and b with their rows before the first token, and what reads and updates need of them: a
     // thread for each column of A, and one for b.
-    DEVICE_CALL void compute_coefficients(const Segment& at) const {
+    DEVICE_CALL void compute_coefficients(const Segment& at) const __restrict__ {
         const int s = thread(), before = p_.read == Read::before;
         if (s > Tokens) return;
         const bool of_token = s < Tokens;
@@ -236,7 +236,7 @@ class SelfmodTokens : public Base {
         }
     }
     // L = K K^T * A, row t with A's row t - 1; zero on the diagonal.
-    DEVICE_CALL void compute_system() const {
+    DEVICE_CALL void compute_system() const __restrict__ {
         Tiles::for_lower_blocks([&](int row, int column) {
             Accumulator<2> x = {};
             this->multiply_scores(x, shared_.k, shared_.k, dim_, row, column);
@@ -250,7 +250,7 @@ class SelfmodTokens : public Base {
     }
     // (I + L) X = right sides in place, and rounded: a thread for each row, in float throughout, 16
     // tokens at a time.
-    DEVICE_CALL void solve(int rows, const typename Tiles::ByFeature& rounded) const {
+    DEVICE_CALL void solve(int rows, const typename Tiles::ByFeature& rounded) const __restrict__ {
         for (int row = thread(); row < rows; row += kLayerThreads) {
             float* const solution = &right(row, 0);
 #pragma unroll 1
@@ -289,7 +289,7 @@ class SelfmodTokens : public Base {
 
     // b' * K + (K - V): of a memory that is the identity. The part of the anchor in rows of its own
     // where that is not the state.
-    DEVICE_CALL void common_right_sides(bool new_chunk) const {
+    DEVICE_CALL void common_right_sides(bool new_chunk) const __restrict__ {
         const int t = Tiles::token_of_group();
         for_columns([&](int i) {
             const float of_state = left_before(t) * to_float(*shared_.k.at(i, t)),
@@ -298,7 +298,7 @@ class SelfmodTokens : public Base {
             if (!new_chunk) right(dim_ + i, t) = of_anchor;
         });
     }
-    const Layout& shared_;
+    const Layout shared_;
     const SelfmodParams& p_;
     const Sequence<Tokens>& in_;
     const int dim_;

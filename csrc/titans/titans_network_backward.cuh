@@ -241,7 +241,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
 
 template <class E, int D, int Tokens, int Layers>
 struct NetworkBackward {
-    static constexpr auto kernel = titans_network_bwd_kernel<E, D, Tokens, Layers>;
+    static auto kernel() { return titans_network_bwd_kernel<E, D, Tokens, Layers>; }
+    static constexpr SegmentTokens segments =
+        Layers == 1 ? SegmentTokens::only_32 : SegmentTokens::both;
 
     static LayerDemand demand(const TitansParams& p) {
         using Layout = NetworkGradientsLayout<E, D, Tokens, Layers>;

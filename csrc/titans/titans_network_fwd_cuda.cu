@@ -102,7 +102,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
 
 template <class E, int D, int Tokens, int Layers>
 struct NetworkForward {
-    static constexpr auto kernel = titans_network_fwd_kernel<E, D, Tokens, Layers>;
+    static auto kernel() { return titans_network_fwd_kernel<E, D, Tokens, Layers>; }
+    static constexpr SegmentTokens segments =
+        Layers == 1 ? SegmentTokens::only_32 : SegmentTokens::both;
 
     static LayerDemand demand(const TitansParams& p) {
         LayerDemand demand = tiles_demand(

@@ -125,7 +125,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
     // O is in `results`. First the rows are normalised there, then their gradients summed for the
     // norm, then dO becomes the gradient of what the norm was given.
 
-    DEVICE_CALL RowStatistics normalise_outputs() const {
+    DEVICE_CALL RowStatistics normalise_outputs() const __restrict__ {
         const int t = Tiles::token_of_group();
         float mean = 0, variance = 0;
         this->for_columns([&](int v) { mean += result(t, v); });
@@ -137,7 +137,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
         this->for_columns([&](int v) { result(t, v) = (result(t, v) - mean) * inverse; });
         return {mean, inverse};
     }
-    DEVICE_CALL void add_outputs_norm() const {
+    DEVICE_CALL void add_outputs_norm() const __restrict__ {
         for (int v = thread_; v < values_; v += kLayerThreads) {
             float of_weight = 0, of_bias = 0;
             for (int t = 0; t < Tokens; t++) {
@@ -147,7 +147,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
             all_.d_norm_weight[v] += of_weight, all_.d_norm_bias[v] += of_bias;
         }
     }
-    DEVICE_CALL void through_outputs_norm(const RowStatistics& row) const {
+    DEVICE_CALL void through_outputs_norm(const RowStatistics& row) const __restrict__ {
         const int t = Tiles::token_of_group();
         float mean = 0, mean_y = 0;
         const auto gradient = [&](int v) { return to_float(*all_.d_o.at(v, t)) * norm_weight_[v]; };
@@ -163,14 +163,15 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
 
     // ---- the last layer's reads ----
 
-    DEVICE_CALL void differentiate_last_scores() const {
+    DEVICE_CALL void differentiate_last_scores() const __restrict__ {
         if (reads_anchor_) return;
         this->template differentiate_scores<false>(hidden_of_queries(), hidden_of_keys(), hidden_,
                                                    all_.d_o, shared_.e, values_, &all_.scores,
                                                    all_.d_last);
     }
     // dZQ in place of ZQ.
-    DEVICE_CALL void hidden_queries(const NetworkState& from, const LayerMatrices& anchor) const {
+    DEVICE_CALL void hidden_queries(const NetworkState& from, const LayerMatrices& anchor) const
+        __restrict__ {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_hq = {};
@@ -187,7 +188,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
 
     // ---- the first layer's reads, or the only one's; its updates ----
 
-    DEVICE_CALL void differentiate_first_scores() const {
+    DEVICE_CALL void differentiate_first_scores() const __restrict__ {
         if constexpr (Layers == 2)
             if (!reads_anchor_)
                 this->template differentiate_scores<true>(shared_.q, shared_.k, keys_, shared_.zq,
@@ -197,7 +198,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
     // dQ in `results`; what reads and updates add to dK stays in d_k.
     DEVICE_CALL void queries_and_keys(Sums& d_k, const NetworkState& from,
                                       const LayerMatrices& anchor,
-                                      const NetworkState& d_after) const {
+                                      const NetworkState& d_after) const __restrict__ {
         Tiles::for_part(keys_, [&](int slice, int token) {
             Sums d_q = {};
             query_gradients(d_q, slice, token, first_outputs_gradient(), shared_.q, shared_.k,
@@ -207,7 +208,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
             store_results(d_q, slice, token);
         });
     }
-    DEVICE_CALL void leave_queries(const Segment& at) const {
+    DEVICE_CALL void leave_queries(const Segment& at) const __restrict__ {
         const int t = Tiles::token_of_group();
         if (t >= at.rows) return;
         E* const d_q = token<E>(p_.d_q, in_, at.first + t);
@@ -218,7 +219,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
     }
     // dU in place of G; dG * U * act''(Z), part of dZ, is put aside.
     DEVICE_CALL void first_errors_gradient(const LayerMatrices& anchor,
-                                           const NetworkState& d_after) const {
+                                           const NetworkState& d_after) const __restrict__ {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_g = {}, u = {};
@@ -245,8 +246,8 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
     // ---- the errors ----
 
     // dE in `results`.
-    DEVICE_CALL void errors_gradient(const LayerMatrices& anchor,
-                                     const NetworkState& d_after) const {
+    DEVICE_CALL void errors_gradient(const LayerMatrices& anchor, const NetworkState& d_after) const
+        __restrict__ {
         Tiles::for_part(values_, [&](int slice, int token) {
             Sums d_e = {};
             error_gradients(d_e, slice, token, all_.d_o, all_.scores, hidden_of_keys(), shared_.e,
@@ -258,7 +259,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
     }
     // From dE to dV and dY; the loss's gradient stays in `sums`, what the norm's weight gets of it
     // in `results`.
-    DEVICE_CALL void through_errors(const Segment& at) const {
+    DEVICE_CALL void through_errors(const Segment& at) const __restrict__ {
         const int t = Tiles::token_of_group();
         const bool valid = t < at.rows;
         E* const d_v = valid ? token<E>(p_.d_v, in_, at.first + t) : nullptr;
@@ -273,7 +274,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
             if (valid) d_v[v] = from_float<E>(-d_loss);
         });
     }
-    DEVICE_CALL void add_errors_norm() const {
+    DEVICE_CALL void add_errors_norm() const __restrict__ {
         if (!norm_weight_) return;
         for (int v = thread_; v < values_; v += kLayerThreads) {
             float of_weight = 0, of_bias = 0;
@@ -283,8 +284,8 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
         }
     }
     // dZ in place of Z.
-    DEVICE_CALL void hidden_gradient(const LayerMatrices& anchor,
-                                     const NetworkState& d_after) const {
+    DEVICE_CALL void hidden_gradient(const LayerMatrices& anchor, const NetworkState& d_after) const
+        __restrict__ {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> d_h = {};
@@ -303,7 +304,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
     // ---- the inputs, and the state before the segment ----
 
     // dK in `results`.
-    DEVICE_CALL void finish_keys(Sums& d_k, const LayerMatrices& anchor) const {
+    DEVICE_CALL void finish_keys(Sums& d_k, const LayerMatrices& anchor) const __restrict__ {
         Tiles::for_part(keys_, [&](int slice, int token) {
             if constexpr (Layers == 2)
                 multiply_state<true>(d_k, anchor.layer[0], slice, shared_.z, token);
@@ -312,7 +313,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
             store_results(d_k, slice, token);
         });
     }
-    DEVICE_CALL void leave_keys(const Segment& at) const {
+    DEVICE_CALL void leave_keys(const Segment& at) const __restrict__ {
         const int t = Tiles::token_of_group();
         if (t >= at.rows) return;
         E* const d_k = token<E>(p_.d_k, in_, at.first + t);
@@ -324,7 +325,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
     // kept.
     DEVICE_CALL void states_gradient(const Segment& at, const NetworkState& from,
                                      const NetworkState& d_state,
-                                     const LayerMatrices& d_anchor) const {
+                                     const LayerMatrices& d_anchor) const __restrict__ {
         float products[kProducts] = {};
         if constexpr (Layers == 2) {
             layer_gradient(at, from.layer(0), d_state.layer(0), d_anchor.layer[0], shared_.zq,
@@ -423,7 +424,7 @@ class NetworkGradients : public NetworkSegment<E, D, Tokens, Layers, LayerGradie
         });
     }
 
-    const Layout& all_;
+    const Layout all_;
 };
 
 }  // namespace hope

@@ -127,14 +127,14 @@ class NetworkSegment : public Base {
         return gates.lr;
     }
     // A, b, c, m and the last rows of A and N.
-    DEVICE_CALL void compute_coefficients(const Segment& at, float lr) const {
+    DEVICE_CALL void compute_coefficients(const Segment& at, float lr) const __restrict__ {
         recur<Tokens>(static_cast<int>(threadIdx.x), lr, shared_.gates, at.rows - 1,
                       p_.read == TitansRead::before, shared_.a, *shared_.vectors);
     }
 
     // ---- the state before the segment ----
 
-    DEVICE_CALL void hidden_keys(const LayerMatrices& anchor) const {
+    DEVICE_CALL void hidden_keys(const LayerMatrices& anchor) const __restrict__ {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> z = {};
@@ -148,7 +148,7 @@ class NetworkSegment : public Base {
     }
     // Whether the error depends on what the memory gives for K.
     DEVICE bool needs_outputs() const { return l2_ || norm_weight_; }
-    DEVICE_CALL void outputs(const LayerMatrices& anchor) const {
+    DEVICE_CALL void outputs(const LayerMatrices& anchor) const __restrict__ {
         Tiles::for_part(values_, [&](int slice, int token) {
             Accumulator<Tiles::kPartTiles> y = {};
             multiply_state<false>(y, anchor.layer[kLast], slice, hidden_of_keys(), token);
@@ -156,7 +156,7 @@ class NetworkSegment : public Base {
         });
     }
     // E in place of V.
-    DEVICE_CALL void errors() const {
+    DEVICE_CALL void errors() const __restrict__ {
         const int t = Tiles::token_of_group();
         RowStatistics row{};
         float mean = 0, mean_y = 0;
@@ -179,14 +179,14 @@ class NetworkSegment : public Base {
 
     // ---- the first layer ----
 
-    DEVICE_CALL void score_first() const {
+    DEVICE_CALL void score_first() const __restrict__ {
         if (Layers == 2 && !reads_anchor_) this->score(shared_.q, shared_.k, keys_, shared_.scores);
     }
     // Reads: with HQ. Keeps: and leaves G and ZQ in their tiles. Without a state to go to, nothing
     // is updated.
     template <bool Reads, bool Keeps, bool Updates>
     DEVICE_CALL void first_layer(const NetworkState& from, const LayerMatrices& anchor,
-                                 const NetworkState& to) const {
+                                 const NetworkState& to) const __restrict__ {
         if constexpr (Layers == 2)
             Tiles::for_slices(hidden_, [&](int slice) {
                 Accumulator<Tiles::kTokenTiles> g = {};
@@ -230,18 +230,19 @@ class NetworkSegment : public Base {
 
     using Sums = Accumulator<Tiles::kPartTiles>;
 
-    DEVICE_CALL void score_last(const typename Tiles::Square& to) const {
+    DEVICE_CALL void score_last(const typename Tiles::Square& to) const __restrict__ {
         if (!reads_anchor_) this->score(hidden_of_queries(), hidden_of_keys(), hidden_, to);
     }
     DEVICE_CALL void start_reads(Sums& o, const NetworkState& from,
-                                 const LayerMatrices& anchor) const {
+                                 const LayerMatrices& anchor) const __restrict__ {
         Tiles::for_part(values_, [&](int slice, int token) {
             this->read_slice(o, from.layer(kLast), anchor.layer[kLast], slice, hidden_of_queries(),
                              token);
         });
     }
     // O, to a tile like that of the sums.
-    DEVICE_CALL void finish_reads(Sums& o, const typename Tiles::Square& scores, float* to) const {
+    DEVICE_CALL void finish_reads(Sums& o, const typename Tiles::Square& scores, float* to) const
+        __restrict__ {
         Tiles::for_part(values_, [&](int slice, int token) {
             if (!reads_anchor_) {
                 Sums of_errors = {};
@@ -258,7 +259,8 @@ class NetworkSegment : public Base {
             store_sums(to, o, slice, token);
         });
     }
-    DEVICE_CALL void update_last(const NetworkState& from, const NetworkState& to) const {
+    DEVICE_CALL void update_last(const NetworkState& from, const NetworkState& to) const
+        __restrict__ {
         Tiles::template for_pieces<kWide>(values_, hidden_, [&](int row, int column, auto width) {
             this->template update_piece<decltype(width)::value>(
                 from.layer(kLast), to.layer(kLast), row, column, hidden_of_keys(),
@@ -269,7 +271,7 @@ class NetworkSegment : public Base {
                 });
         });
     }
-    DEVICE_CALL void leave_outputs(const Segment& at) const {
+    DEVICE_CALL void leave_outputs(const Segment& at) const __restrict__ {
         const int t = Tiles::token_of_group();
         RowStatistics row{};
         if (norm_weight_) row = statistics(t);
@@ -329,7 +331,7 @@ class NetworkSegment : public Base {
         return residual_ ? x + to_float(*shared_.k.at(v, t)) : x;
     }
 
-    const Layout& shared_;
+    const Layout shared_;
     const TitansParams& p_;
     const Sequence<Tokens>& in_;
     const int keys_, values_, hidden_;

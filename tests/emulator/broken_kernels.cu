@@ -123,6 +123,12 @@ __global__ void misaligned_copy(bool broken, const float* in, float* out) {
     out[blockIdx.x * kThreads + i] = 1.0f;
 }
 
+__global__ void assumed_shared(bool broken, const float* in, float* out) {
+    const Pair shared{SharedCarver(dynamic_shared())};
+    assume_shared(broken ? in : shared.a + threadIdx.x);  // <- assumed_shared
+    out[blockIdx.x * kThreads + threadIdx.x] = 1.0f;
+}
+
 __global__ void uninitialised_register(bool broken, const float* in, float* out) {
     float x;
     if (!broken || threadIdx.x > 7) x = in[threadIdx.x];
@@ -177,6 +183,7 @@ const Case kCases[] = {
     {"global_overrun", global_overrun},
     {"misaligned", misaligned},
     {"misaligned_copy", misaligned_copy},
+    {"assumed_shared", assumed_shared},
     {"uninitialised_register", uninitialised_register},
     {"uninitialised_shared", uninitialised_shared},
     {"blocks_collide", blocks_collide},

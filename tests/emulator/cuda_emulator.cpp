@@ -347,6 +347,11 @@ void require_aligned(const void* address, int alignment, const char* name, Site 
         fail(site, "%s: address %p is not a multiple of %d", name, address, alignment);
 }
 
+void require_shared(const void* address, Site site) {
+    const size_t offset = static_cast<const char*>(address) - engine->shared;
+    if (offset > engine->shared_bytes) fail(site, "address %p is not in shared memory", address);
+}
+
 void* static_shared(const void* key, size_t bytes) {
     void*& array = engine->static_arrays[key];
     if (!array) array = allocate_shared(bytes);

@@ -50,6 +50,12 @@ struct Site {  // the line of kernel source that called a primitive
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 int thread_rank();  // in the block
 void require_aligned(const void* address, int alignment, const char* name, Site site);
+#ifdef EMULATOR_ADDRESS
+constexpr bool kRequiresShared = true;
+#else
+constexpr bool kRequiresShared = false;  // it is asked too often
+#endif
+void require_shared(const void* address, Site site);
 
 // All lanes of `mask` meet; the last to come performs the operation on everybody's operands.
 using Operation = void (*)(void* const* operands, unsigned mask);  // operands[lane]
