@@ -92,8 +92,7 @@ class NativeBuild:
 
     @property
     def sources(self) -> list[str]:
-        """In the order in which to compile: what takes minutes first, what takes seconds last."""
-        return [*self.cuda_sources, *self.cpu_sources, *self.host_sources]
+        return [*self.host_sources, *self.cpu_sources, *self.cuda_sources]
 
 
 def configure(build_dir: Path | None = None) -> NativeBuild:
