@@ -224,8 +224,8 @@ def wants_cuda(torch) -> bool:
 
 
 def line_info() -> tuple[str, ...]:
-    """nvcc's flag for HOPE_LINEINFO=1. What says where in the sources an instruction comes from is
-    a sixth of ptxas's work, and no kernel runs otherwise for it."""
+    """nvcc's flag for HOPE_LINEINFO=1. To say where in the sources an instruction comes from takes
+    ptxas time, and no kernel runs otherwise for it."""
     choice = os.environ.get("HOPE_LINEINFO", "")
     if choice not in ("", "0", "1"):
         raise BuildError(f"HOPE_LINEINFO must be 0, 1 or unset, got {choice!r}")

@@ -199,9 +199,8 @@ def test_inductor():
             return {case.stem: case.returning_everything(arguments) for case, arguments in made}
 
         every_case = Case("every", "operator", every, make, False, None, differentiable=trains)
-        with torch._inductor.config.patch(
-            compile_threads=1
-        ):  # else it starts processes, to no avail
+        # With more threads it starts processes, to no avail.
+        with torch._inductor.config.patch(compile_threads=1):
             assert_compiles(every_case, "inductor")
 
 
