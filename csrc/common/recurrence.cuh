@@ -43,12 +43,21 @@ DEVICE void recur(int thread, float lr, const float2* gates, int last, bool befo
     const int stride = of_token ? Tokens + kRowPadding : 1;
     Recurrence row(thread, Tokens);
     float last_n = 0, last_a = 0;
-#pragma unroll 8
-    for (int t = 0; t < Tokens; t++) {
-        if (before) column[t * stride] = row.a;
-        row.step(t, gates[t], lr);
-        if (!before) column[t * stride] = row.a;
-        if (t == last) last_n = row.n, last_a = row.a;
+    // Gates that are read before results are written beside them; not all, that takes registers.
+    constexpr int kAhead = 8;
+#pragma unroll 1
+    for (int first = 0; first < Tokens; first += kAhead) {
+        float2 ahead[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) ahead[i] = gates[first + i];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const int t = first + i;
+            if (before) column[t * stride] = row.a;
+            row.step(t, ahead[i], lr);
+            if (!before) column[t * stride] = row.a;
+            if (t == last) last_n = row.n, last_a = row.a;
+        }
     }
     if (of_token)
         vectors.in_weights[thread] = last_a, vectors.in_momenta[thread] = last_n;

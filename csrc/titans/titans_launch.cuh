@@ -43,8 +43,22 @@ struct PipelinePlan {
     dim3 grid, block;
 };
 
-// A block has as many value columns as there are, up to 64, but fewer where the device would
-// otherwise stay partly idle, or has too little shared memory; and as many stages as fit.
+// How many value columns a block has: all, up to 64, or half as many as long as there are
+// processors for twice the blocks. More would have to wait for others to end, and few columns take
+// nearly as long as many: their keys, queries and scores are the same.
+constexpr int columns_of_a_block(int64_t value_dim, int64_t walks, int processors) {
+    int columns = value_dim < kMostColumns ? static_cast<int>(value_dim) : kMostColumns;
+    while (columns > 16 && 2 * walks * (value_dim / columns) <= processors) columns /= 2;
+    return columns;
+}
+static_assert(columns_of_a_block(64, 128, 132) == 64, "one block for each of 132 processors");
+static_assert(columns_of_a_block(128, 32, 132) == 32, "four for each of 32 walks");
+static_assert(columns_of_a_block(128, 33, 132) == 32);
+static_assert(columns_of_a_block(128, 34, 132) == 64);
+static_assert(columns_of_a_block(64, 1, 132) == 16 && columns_of_a_block(16, 1, 132) == 16);
+static_assert(columns_of_a_block(32, 1, 2) == 16 && columns_of_a_block(32, 1, 1) == 32);
+
+// As many stages as fit into shared memory, and fewer columns where not even two would.
 template <class E, int D>
 PipelinePlan pipeline_plan(const TitansParams& p, int64_t walks) {
     const auto bytes = [](int stages, int columns) {
@@ -53,10 +67,8 @@ PipelinePlan pipeline_plan(const TitansParams& p, int64_t walks) {
     const size_t room = shared_bytes_of_a_block();
     const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
     PipelinePlan plan;
-    plan.columns = static_cast<int>(p.value_dim < kMostColumns ? p.value_dim : kMostColumns);
-    while (plan.columns > 16 &&
-           (walks * (p.value_dim / plan.columns) < processors || bytes(2, plan.columns) > room))
-        plan.columns /= 2;
+    plan.columns = columns_of_a_block(p.value_dim, walks, processors);
+    while (plan.columns > 16 && bytes(2, plan.columns) > room) plan.columns /= 2;
     plan.stages = kMostStages;
     while (plan.stages > 2 && bytes(plan.stages, plan.columns) > room) plan.stages--;
     plan.shared_bytes = bytes(plan.stages, plan.columns);

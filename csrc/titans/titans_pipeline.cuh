@@ -97,6 +97,7 @@ class Helpers {
     DEVICE void run(int count, Order order) const {
         const int ahead = shared_.stages - 2;
         for (int i = 0; i < ahead; i++) load<Scored>(i, count, order);
+        Gates gates = own_gates(0, count, order);
         for (int i = 0; i < count + 2; i++) {
             const int parity = i % 2;
             if (i >= 2) {
@@ -104,18 +105,18 @@ class Helpers {
                 if (Scored) store_result(order(i - 2), (i - 2) % shared_.stages);
             }
             if (i >= count) continue;
-            const Segment at = order(i);
-            const bool valid = helper_ < at.rows;
-            const Gates gates = load_gates(p_, in_, at.first + helper_, valid);
             float2* const shared_gates = shared_.gates + parity * kRows;
             if (helper_ < kRows) shared_gates[helper_] = make_float2(gates.momentum, gates.keep);
+            const float lr = gates.lr;
+            gates = own_gates(i + 1, count, order);  // on the way while this segment is prepared
             // A thread copies to and from the same places of x, and k and q are free, see kEmpty.
             load<Scored>(i + ahead, count, order);
             wait_for_copies<kMostStages - 2>(ahead);
             named_barrier_sync(kHelpersOnly, kHelpers);  // the gates and the segment are here
-            recur<kRows>(helper_, gates.lr, shared_gates, at.rows - 1,
+            recur<kRows>(helper_, lr, shared_gates, order(i).rows - 1,
                          p_.read == TitansRead::before, shared_.coefficients,
                          shared_.vectors[parity]);
+            __syncwarp();  // not all of a warp have recurred; products need all
             if (Scored && p_.read != TitansRead::chunk)
                 score(i % shared_.stages, shared_.scores + parity * Layout::kScoreTile);
             named_barrier_arrive(kFull + parity, threads_);
@@ -123,6 +124,13 @@ class Helpers {
     }
 
  private:
+    // Of the thread's token in segment order(i), if there is one.
+    template <class Order>
+    DEVICE Gates own_gates(int i, int count, Order order) const {
+        if (i >= count) return {0, 0, 0};
+        const Segment at = order(i);
+        return load_gates(p_, in_, at.first + helper_, helper_ < at.rows);
+    }
     template <int Columns>
     DEVICE void copy(E* to, int stride, const TokenTensor& from, int first_column, int columns,
                      const Segment& at) const {
