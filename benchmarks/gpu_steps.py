@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 86  # the exit status of a run with errors
 NO_TESTS = 5  # pytest's exit status
 LAST_CONTEST = 30  # seconds that a benchmark may go on after it has begun no more
+MOST_PROCESSES = 8  # of pytest, whose definitions run on the CPU, one thread each
+PART = "HOPE_TESTS_PART"  # tests/side_by_side.py
+MARK = "on_gpu"  # of the tests that run on CUDA: tests/conftest.py
+SHARES = {"titans": 3}  # of the benchmarks' time; it comes first. The others: 1
 
 
 @dataclass(frozen=True)
@@ -168,17 +173,17 @@ class Steps:
             Step("build", 240, self.build, gate=True),
             Step("environment", 60, self.environment, gate=True),
             Step("self-tests", 60, self.selftests, gate=True),
-            Step("laws", 150, self.laws),
+            Step("laws", 120, self.laws),
             Step("operators' tests", 60, self.own_tests),
-            Step("sanitizer", 90, self.sanitizer),
+            Step("sanitizer", 75, self.sanitizer),
             Step("benchmarks", 360, self.benchmarks),
         ]
 
     def run(self, words: Sequence[str], seconds: float, **extra: str) -> Done:
         return run_command(words, seconds, {**environment(self.code), **extra})
 
-    def python(self, words: Sequence[str], seconds: float) -> Done:
-        return self.run([sys.executable, *words], seconds)
+    def python(self, words: Sequence[str], seconds: float, **extra: str) -> Done:
+        return self.run([sys.executable, *words], seconds, **extra)
 
     def build(self, seconds: float) -> Outcome:
         """In place and for this GPU alone; --force, since it may be new though no source is."""
@@ -207,12 +212,21 @@ class Steps:
         return self.pytest(["tests/test_ops.py"], seconds)
 
     def own_tests(self, seconds: float) -> Outcome:
-        return self.pytest([f"tests/test_{stem}.py" for stem in self.stems], seconds)
+        """What the operators' own files have, and those of all kernels."""
+        names = {f"tests/{file.name}" for stem in self.stems for file in own_files(stem)}
+        return self.pytest([*sorted(names), "tests/test_emulated.py"], seconds)
 
     def pytest(self, files: Sequence[str], seconds: float) -> Outcome:
-        """The tests of these files whose names say cuda; it ends at the first that fails."""
-        words = ["-m", "pytest", "-x", "-v", "--color=no", "-k", "cuda", *files]
-        done = self.python(words, seconds)
+        """The tests of these files that run on CUDA, shared out among processes, each of which ends
+        at its first that fails."""
+        words = ["-m", "pytest", "-x", "-v", "--color=no", "-m", MARK, *files]
+        parts = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+
+        def part(number: int) -> Done:
+            return self.python(words, seconds, **{PART: f"{number}/{parts}"} if parts > 1 else {})
+
+        with ThreadPoolExecutor(parts) as pool:
+            done = together(list(pool.map(part, range(parts))))
         tests = read_tests(done.output)
         outcomes = Counter(tests.values())
         counts = ", ".join(f"{outcomes[word]} {word}" for word in ("passed", "failed", "skipped"))
@@ -299,13 +313,21 @@ class Steps:
         return None
 
     def benchmarks(self, seconds: float) -> Outcome:
-        """Times every operator that has CUDA kernels and a benchmark, one after the other."""
+        """Times every operator that has CUDA kernels and a benchmark, one after the other.
+
+        Each has its share of the time that is left.
+        """
         end = time.monotonic() + seconds
         outcomes: dict[str, Outcome] = {}
-        for stem in self.kernels:
-            if not (ROOT / f"benchmarks/{stem}.py").exists():
-                continue
-            outcomes[stem] = self.benchmark(stem, end - time.monotonic())
+        timed = [stem for stem in self.kernels if (ROOT / f"benchmarks/{stem}.py").exists()]
+        shares = {stem: SHARES.get(stem, 1) for stem in timed}
+        for stem in sorted(timed, key=lambda stem: -shares[stem]):
+            left = max(0.0, end - time.monotonic())
+            share = left * shares[stem] / sum(shares.values())
+            # One more contest may take that long, unless nobody comes after it.
+            most = share if len(shares) == 1 else share + LAST_CONTEST
+            outcomes[stem] = self.benchmark(stem, min(left, most))
+            del shares[stem]
             if outcomes[stem].status == RED:
                 break
         if not outcomes:
@@ -339,6 +361,20 @@ class Steps:
         return Outcome(outcome.status, outcome.detail, {**outcome.facts, "timed": timed})
 
 
+def own_files(stem: str) -> list[Path]:
+    """The files with an operator's own tests."""
+    return [file for form in ("", "_*") for file in (ROOT / "tests").glob(f"test_{stem}{form}.py")]
+
+
+def together(parts: Sequence[Done]) -> Done:
+    """The end of several processes of pytest, as if it had been one: the worst status."""
+    statuses = [part.status for part in parts]
+    bad = [status for status in statuses if status not in (0, NO_TESTS)]
+    worst = None if None in bad else bad[0] if bad else min(statuses, key=lambda s: s or 0)
+    ordered = sorted(parts, key=lambda part: part.status in bad)  # what failed comes last
+    return Done(worst, "\n".join(part.output for part in ordered))
+
+
 def read_tests(output: str) -> dict[str, str]:
     """The tests that `pytest -v` has run, and what came of each: "passed", "failed", "error" or
     "skipped"."""
@@ -347,9 +383,10 @@ def read_tests(output: str) -> dict[str, str]:
 
 
 def about(test: str, stem: str) -> bool:
-    """Whether a test is about an operator: test_ops.py's name its case, others are in its file."""
+    """Whether a test is about an operator: test_ops.py's name its case, others are in its files."""
     path, _, name = test.partition("::")
-    return Path(path).name == f"test_{stem}.py" or bool(re.search(rf"[\[-]{stem}-", name))
+    own = re.fullmatch(rf"test_{stem}(_\w+)?\.py", Path(path).name)
+    return bool(own or re.search(rf"[\[-]{stem}-", name))
 
 
 def sanitize(tool: str, name: str) -> list[str]:

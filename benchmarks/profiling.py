@@ -78,7 +78,8 @@ def kernel_report(operator: Operator, setting: Setting, path: Path) -> str:
         return f"{title} unavailable: no ncu (NVIDIA Nsight Compute) on PATH or in the toolkit"
     report = path.with_name(f"{path.name}.ncu-rep")
     dtype = str(setting.dtype).removeprefix("torch.")
-    job = json.dumps({"op": operator.stem, "shape": setting.shape, "dtype": dtype})
+    module = operator.name.replace("-", "_")  # a variant's is its own
+    job = json.dumps({"module": module, "shape": setting.shape, "dtype": dtype})
     failures = []
     for sections in SETS:
         report.unlink(missing_ok=True)
@@ -114,9 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profiling", description=main.__doc__
     )
-    parser.add_argument("job", help="JSON with the operator, the shape and the dtype")
+    parser.add_argument("job", help="JSON with the operator's module, the shape and the dtype")
     job = json.loads(parser.parse_args(arguments).job)
-    operator: Operator = importlib.import_module(f"benchmarks.{job['op']}").BENCHMARK
+    operator: Operator = importlib.import_module(f"benchmarks.{job['module']}").BENCHMARK
     setting = Setting(job["shape"], getattr(torch, job["dtype"]), "cuda")
     subject = our_row(operator.contests["cuda"][0]).prepare(setting)
     call = subject.call(operator.passes[-1])

@@ -26,8 +26,10 @@ def stems() -> list[str]:
 
 
 def sources_hash(stem: str) -> str:
-    """SHA-256 of everything that an operator is compiled from, names included."""
-    files = [ROOT / "hope_ext" / f"{stem}.py"]
+    """SHA-256 of everything that an operator is made of, names included: code, flags, gradients."""
+    own = (f"{stem}.py", f"_{stem}_autograd.py", "_check.py")
+    files = [ROOT / "build_config.py", *(ROOT / "hope_ext" / name for name in own)]
+    files = [path for path in files if path.exists()]
     for folder in (ROOT / "csrc" / stem, ROOT / "csrc" / "common"):
         files += sorted(path for path in folder.rglob("*") if path.is_file())
     digest = hashlib.sha256()

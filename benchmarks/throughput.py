@@ -1,6 +1,7 @@
 """Training throughput over the length of the texts: memories against a Transformer.
 
     python -m benchmarks.throughput --threads 1
+    python -m benchmarks.throughput --draw RESULT.json ANOTHER.json    (a picture of both)
 
 A step is all that training does: forward, backward, clipping, AdamW, on a batch of random tokens.
 The Transformer, BASELINE, attends with torch's fused kernel. At every length the presets' steps are
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import shlex
 import statistics
 import sys
@@ -34,6 +36,7 @@ from hope import HopeError, RunConfig, preset
 from hope.config import override
 from hope.device import choose_device
 from hope.model import parameter_count
+from hope.plot import plot_speeds
 from hope.profile import TrainingStep
 
 from benchmarks import command, measure, report, sources
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
     options = parser.parse_args(words)
+    if options.draw:
+        return draw(options.draw, parser)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
@@ -111,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result["warning"]:
         print(result["warning"], file=sys.stderr)
     print(path)
-    return 0
+    return draw([path], parser)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Times training steps of presets at growing lengths of the texts.",
     )
     command.add_presets(parser, DEFAULT_PRESETS)
+    parser.add_argument(
+        "--draw",
+        nargs="+",
+        type=Path,
+        metavar="RESULT",
+        help="time nothing: draw what results have, beside the first of them",
+    )
     parser.add_argument(
         "--large", action="store_true", help="the sizes of `benchmarks.evidence --large`, for a GPU"
     )
@@ -148,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a step that may take longer is left out (default: %(default)s)",
     )
     command.add_machine(parser)
-    command.add_rest(parser, "model.dim=512", "the JSON goes")
+    command.add_rest(parser, "model.dim=512", "the JSON and the picture go")
     return parser
 
 
@@ -285,6 +297,25 @@ def crossovers(rows: Sequence[dict[str, Any]], clock: str) -> dict[str, str]:
                 f"({last[clock]:.2f} times its speed there)"
             )
     return found
+
+
+def draw(results: Sequence[Path], parser: argparse.ArgumentParser) -> int:
+    """One picture of results, beside the first: of the clock that decides who is faster."""
+    rows, clocks = [], set()
+    for path in results:
+        try:
+            result = json.loads(path.read_text())
+            rows += result["rows"]
+            clocks.add(result.get("crossovers_by", "cpu_speed_ratio"))  # older ones do not say it
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--draw: cannot read {path}: {error}")
+    if len(clocks) > 1:
+        parser.error("--draw: these results go by different clocks")
+    by_cpu = clocks == {"cpu_speed_ratio"}
+    picture = results[0].with_suffix(".png")
+    plot_speeds(rows, "tokens_per_cpu_second" if by_cpu else "tokens_per_second", picture)
+    print(picture)
+    return 0
 
 
 def table(rows: Sequence[dict[str, Any]], tokens: int) -> str:

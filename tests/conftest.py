@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda":
+            item.add_marker("on_gpu")
     if part := os.environ.get(side_by_side.PART):
         items[:] = side_by_side.of_part(items, part)
 

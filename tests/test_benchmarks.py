@@ -426,7 +426,8 @@ def test_a_loaded_machine_gets_a_warning():
 
 
 def test_the_hash_of_the_sources_sees_every_byte(tmp_path, monkeypatch):
-    names = ["hope_ext/titans.py", "csrc/titans/titans.cpp", "csrc/common/host.h"]
+    names = ["hope_ext/titans.py", "hope_ext/_titans_autograd.py", "build_config.py"]
+    names += ["csrc/titans/titans.cpp", "csrc/common/host.h"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)

@@ -208,6 +208,33 @@ def test_steps_are_timed_at_every_length(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "\n".join(result["table"][:4]) in shown
     assert result["crossovers"]["tiny"] in shown
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert shown.splitlines()[-1] == str(picture)
+
+
+def test_results_can_be_drawn_together(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(throughput, "plot_speeds", lambda *what: drawn.append(what))
+    rows = [{"preset": "tiny", "tokens": t, "tokens_per_cpu_second": 1.0} for t in (64, 128)]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, row in zip(files, rows, strict=True):
+        file.write_text(json.dumps({"rows": [row], "crossovers_by": "cpu_speed_ratio"}))
+    assert throughput.main(["--draw", *map(str, files)]) == 0
+    assert drawn == [(rows, "tokens_per_cpu_second", tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot read .*b.json"), ('{"rows": [], "crossovers_by": "speed_ratio"}', "clocks")],
+)
+def test_results_that_cannot_be_drawn(tmp_path, capsys, content, message):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text('{"rows": [], "crossovers_by": "cpu_speed_ratio"}')
+    files[1].write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main(["--draw", *map(str, files)])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_long_first_turn_is_the_only_one(tmp_path, monkeypatch):

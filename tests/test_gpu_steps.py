@@ -113,7 +113,7 @@ def test_an_extension_that_does_not_load_is_red(steps, monkeypatch):
 
 TESTS = """
 import pytest
-@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.on_gpu)])
 @pytest.mark.parametrize("case", ["conv-silu", "titans-plain", "titans-carried"])
 def test_law(backend, case):
     assert backend == "cuda"
@@ -170,13 +170,17 @@ def test_the_laws_are_the_repositorys_own(steps, root, monkeypatch):
     steps.laws(60)
     steps.own_tests(60)
     files = [word for command in commands for word in command if word.startswith("tests/")]
-    assert files == ["tests/test_ops.py", "tests/test_conv.py", "tests/test_titans.py"]
+    assert (files[0], files[-1]) == ("tests/test_ops.py", "tests/test_emulated.py")
+    assert {"tests/test_conv.py", "tests/test_titans.py", "tests/test_titans_operator.py"} < {
+        *files
+    }
     assert all((root / file).exists() for file in files)
+    assert not any("selfmod" in file for file in files)
 
 
-def test_the_laws_on_cuda_are_selected_by_their_names(root):
+def test_the_laws_on_cuda_are_selected(root):
     """And each is about an operator; without a GPU they are skipped when they run."""
-    words = ["-m", "pytest", "--collect-only", "-q", "-k", "cuda", "tests/test_ops.py"]
+    words = ["-m", "pytest", "--collect-only", "-q", "-m", gpu_steps.MARK, "tests/test_ops.py"]
     done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     for stem in STEMS:
@@ -190,6 +194,34 @@ def test_a_test_is_about_an_operator():
     assert gpu_steps.about("tests/test_ops.py::test_law[titans-plain-cuda]", "titans")
     assert not gpu_steps.about("tests/test_ops.py::test_law[cuda-float16-titans-plain]", "conv")
     assert gpu_steps.about("tests/test_conv.py::test_cuda_tails[float16]", "conv")
+    assert gpu_steps.about("tests/test_cms_cuda.py::test_groups[cuda]", "cms")
+    assert not gpu_steps.about("tests/test_convolutions.py::test_tails[cuda]", "conv")
+
+
+def test_the_laws_are_shared_out_among_processes(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    hook = "items[:] = items[int(os.environ['HOPE_TESTS_PART'][0])::2]"
+    (tmp_path / "conftest.py").write_text(
+        f"import os\ndef pytest_collection_modifyitems(items):\n    {hook}\n"
+    )
+    path = tmp_path / "test_ops.py"
+    path.write_text(TESTS.format(body="pass"))
+    assert steps.pytest([str(path)], 120).detail == "3 passed, 0 failed, 0 skipped"
+    path.write_text(TESTS.format(body="assert case != 'titans-carried'"))
+    outcome = steps.pytest([str(path)], 120)
+    assert (outcome.status, outcome.detail.split(";")[0]) == (RED, "2 passed, 1 failed, 0 skipped")
+    assert "AssertionError" in outcome.facts["output_tail"]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [((0, 0), 0), ((0, 5), 0), ((5, 5), 5), ((0, 1, 5), 1), ((1, None), None), ((0, -9), -9)],
+)
+def test_the_worst_status_of_several_processes_counts(statuses, expected):
+    done = gpu_steps.together([Done(status, f"of {status}") for status in statuses])
+    assert done.status == expected
+    if expected not in (0, 5):
+        assert done.output.endswith(f"of {expected}")
 
 
 # ---- compute-sanitizer ---------------------------------------------------------------------------

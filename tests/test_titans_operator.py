@@ -118,3 +118,30 @@ def test_the_operator_without_an_anchor_takes_the_weights(backend, length):
     expected = titans.titans(*tensors, *options)
     tensors[anchor] = None
     all_close(titans.titans(*tensors, *options), expected)
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("tokens", [1, 37])  # a step's kernel, and those of chunks
+def test_a_graph_holds_a_call_and_its_backward(backend, tokens):
+    """Nothing in them waits for the GPU, and what is replayed gives the same bits."""
+    a = make(backend, torch.bfloat16, tokens=tokens)
+    inputs = [a[name].requires_grad_() for name in TOKENS]
+
+    def call():
+        with torch.no_grad():
+            alone = hope_ext.titans_memory(**a)
+        o = hope_ext.titans_memory(**a)
+        return alone, o, *torch.autograd.grad(o.float().sum(), inputs)
+
+    expected = [x.clone() for x in call()]
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # CUDA wants a first call where it captures
+        call()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, expected))

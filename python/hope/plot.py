@@ -75,6 +75,25 @@ def plot_bands(runs: Sequence[dict[str, Any]], picture: Path) -> None:
     _save(figure, picture)
 
 
+def plot_speeds(rows: Sequence[dict[str, Any]], speed: str, picture: Path) -> None:
+    """Draws tokens a second over the length of the text, a line for each preset, as a PNG.
+
+    rows: with "preset", "tokens" and, where it was timed, `speed`.
+    """
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["preset"] for row in rows):
+        points = sorted((r["tokens"], r[speed]) for r in rows if r["preset"] == name and speed in r)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    axes.set(xlabel="tokens of the text", ylabel=speed.replace("_", " "), yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    _save(figure, picture)
+
+
 def plot_matrices(results: Sequence[dict[str, Any]], domains: Sequence[str], picture: Path) -> None:
     """Draws what each domain's held-out text costs while they are learned in sequence, as a PNG.
 
