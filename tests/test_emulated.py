@@ -18,6 +18,7 @@ import torch
 from backends import device_of
 from emulator import build, library
 from laws import assert_devices_do_not_show, evaluate
+from missing import missing
 
 import hope_ext
 from hope_ext import _check
@@ -38,8 +39,8 @@ each_cuda_backend = pytest.mark.parametrize("backend", ON_CUDA, indirect=True)
 def available(variant: str) -> str:
     try:
         build.require(variant)
-    except build.Unavailable as missing:
-        pytest.skip(str(missing))
+    except build.Unavailable as reason:
+        missing(reason)
     return variant
 
 

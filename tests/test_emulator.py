@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulator import build
+from missing import missing
 
 SANITIZED = ("address", "races")
 SELFTEST = (build.HERE / "selftest_main.cpp", build.ROOT / "csrc/selftest/selftest_cuda.cu")
@@ -26,17 +27,17 @@ def cuda_headers():
     """Without them there is nothing to emulate, which only a build without CUDA excuses."""
     try:
         build.cuda_include()
-    except build.Unavailable as missing:
+    except build.Unavailable as reason:
         if torch.version.cuda is None or os.environ.get("HOPE_CUDA") == "0":
-            pytest.skip(str(missing))
+            pytest.skip(str(reason))
         raise
 
 
 def available(variant):
     try:
         build.require(variant)
-    except build.Unavailable as missing:
-        pytest.skip(str(missing))
+    except build.Unavailable as reason:
+        missing(reason)
     return variant
 
 

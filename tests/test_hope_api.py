@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from pathlib import Path
+from types import GenericAlias
 
 import pytest
 
 FILE = Path(__file__).parent / "public_api.txt"
 MODULES = (
-    *("hope_ext", "hope", "hope.optim", "hope.evaluate", "hope.continual"),
-    *("hope.parallel", "hope.hf"),
+    *("hope_ext", "hope", "hope.config", "hope.continual", "hope.data", "hope.evaluate"),
+    *("hope.hf", "hope.layers", "hope.optim", "hope.parallel", "hope.train"),
 )
 
 
@@ -26,13 +28,16 @@ def described(module: str) -> list[str]:
                 f"{module}.{name}.{method}{_signature(member)}"
                 for method, member in sorted(vars(value).items())
                 if not method.startswith("_")
-                and (callable(member) or isinstance(member, (classmethod, property, staticmethod)))
+                and (callable(member) or isinstance(member, _DESCRIPTORS))
             ]
-        elif callable(value):
+        elif callable(value) and not isinstance(value, GenericAlias):  # of a type
             lines.append(f"{module}.{name}{_signature(value)}")
         else:
             lines.append(f"{module}.{name}: {type(value).__name__}")
     return lines
+
+
+_DESCRIPTORS = (classmethod, functools.cached_property, property, staticmethod)
 
 
 def _signature(value: object, skip: int = 0) -> str:

@@ -282,6 +282,23 @@ def test_the_command(tasks, monkeypatch, capsys):
     assert error.startswith("hope: error: the data of task 'local_choice' is not on this machine")
 
 
+def test_other_parts_of_the_data_do_not_help():
+    """Where another configuration is in its cache, datasets raises a ValueError."""
+
+    class Manager:
+        def __init__(self, error: str) -> None:
+            self.error = error
+
+        def load(self, names):
+            raise ValueError(self.error)
+
+    absent = Manager("Couldn't find cache for allenai/ai2_arc for config 'ARC-Challenge'")
+    with pytest.raises(HopeError, match=r"data of task 'arc' is not on this machine .*Challenge"):
+        harness._load(absent, "arc")
+    with pytest.raises(ValueError, match="another mistake"):
+        harness._load(Manager("another mistake"), "arc")
+
+
 def test_a_missing_harness_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "hope.evaluate.harness")

@@ -10,7 +10,7 @@ from hope.cli import main
 from hope.config import ParallelConfig
 from hope.model import parameter_count
 from hope.parallel.memory import activations, kept_bytes, training_memory
-from hope.presets import preset
+from hope.presets import PRESETS, preset
 
 SMALL = ["tiny", "tiny-deep", "tiny-mag", "hope-tiny-cms", "hope-attention-tiny"]
 
@@ -71,7 +71,8 @@ def test_weights_that_move_seldom_are_collected_for():
     assert more == 4 * layers * sum(2 * dim * width + dim for width in run.model.mlp_dims[1:])
 
 
-@pytest.mark.parametrize("name", ["tiny-mac", "340m", "hope-340m"])
+# All are of one size up to rounding; of the large ones, which take seconds, one of each kind.
+@pytest.mark.parametrize("name", [n for n in PRESETS if "tiny" in n] + ["340m", "hope-340m"])
 def test_the_table_of_the_page_is_what_is_computed(name, root):
     page = (root / "docs/scale.md").read_text()
     (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", page, re.MULTILINE)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from missing import missing
 
 import build_config
 import build_report
@@ -38,7 +39,7 @@ def dump() -> Callable[..., Iterator[str]]:
     except (ImportError, StopIteration):
         pass
     if not found:
-        pytest.skip("no cuobjdump: neither a CUDA toolkit nor triton is installed")
+        missing("no cuobjdump: neither a CUDA toolkit nor triton is installed")
 
     def lines(*options: str) -> Iterator[str]:
         command = [found, *options, _load.extension.__file__]

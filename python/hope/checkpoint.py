@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from hope.config import RunConfig, from_dict, to_dict
+from hope.device import check_sizes
 from hope.errors import HopeError
 from hope.files import atomic_directory, partial_directory, remove_partial
 from hope.model import LanguageModel, parameter_shapes
@@ -206,7 +207,9 @@ def load_state(
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     """The model of a run (its newest checkpoint) or of one checkpoint, in evaluation mode."""
     checkpoint = find_checkpoint(Path(path))
-    model = LanguageModel(load_config(checkpoint).model).to(device)
+    config = load_config(checkpoint).model
+    check_sizes(config, device)
+    model = LanguageModel(config).to(device)
     load_weights(model, checkpoint)
     return model.eval()
 

@@ -15,10 +15,12 @@ import torch
 from hope.checkpoint import has_checkpoint
 from hope.config import RunConfig, from_dict, to_dict
 from hope.data import Corpus
+from hope.device import check_sizes
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.model import parameter_count
 from hope.plot import plot_runs
+from hope.provenance import provenance
 from hope.train import Trainer, TrainResult, discard
 
 # What must agree for two runs to read the same batches and be judged on the same text.
@@ -65,6 +67,8 @@ class Comparison:
         *,
         resume: bool = False,
     ) -> None:
+        for config in configs:
+            check_sizes(config.model, device)
         if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise HopeError(
                 f"{out} is not empty; continue that comparison with --resume, or choose another "
@@ -99,7 +103,7 @@ class Comparison:
     def _write(self) -> None:
         content = {
             "data": self.corpus.description,
-            "device": str(self.device),
+            **provenance(self.device),
             "configs": [to_dict(config) for config in self.configs],
             "runs": self.runs,
             "table": table(self.runs).splitlines(),

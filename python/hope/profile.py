@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hope_ext
 from hope.config import RunConfig, to_dict
+from hope.device import check_sizes
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.model import LanguageModel
+from hope.provenance import provenance
 from hope.train import autocast, make_optimizer
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
@@ -58,6 +60,7 @@ class TrainingStep:
     ) -> None:
         self.config, self.device = config, torch.device(device)
         train = config.train
+        check_sizes(config.model, self.device)
         torch.manual_seed(train.seed)
         self.model = (model or LanguageModel(config.model)).to(self.device).train()
         self.model.checkpoint_activations = train.checkpoint_activations
@@ -164,7 +167,7 @@ def profile_step(step: TrainingStep, out: Path) -> Profile:
         peak_flops_per_second(device, step.config.train.dtype),
         _operators(watched, flops, device),
     )
-    content = asdict(result) | {"tokens_per_second": result.tokens_per_second}
+    content = provenance(device) | asdict(result) | {"tokens_per_second": result.tokens_per_second}
     with atomic_file(out / "profile.json") as path:
         path.write_text(json.dumps(content, indent=1) + "\n")
     return result

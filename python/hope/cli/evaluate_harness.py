@@ -70,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     print(harness.table(results))
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-    write_result(out, options.run, "harness", {key: results.get(key) for key in kept})
+    write_result(
+        out, options.run, reader.device, "harness", {key: results.get(key) for key in kept}
+    )
     print(f"out    {out}")
     return 0

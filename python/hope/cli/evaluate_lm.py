@@ -50,6 +50,6 @@ def _run(options: argparse.Namespace) -> int:
         results.append(predict(reader, (document.text for document in bar), length))
     print(f"data   {documents.description}\n\n{table(results)}")
     content = {"data": options.data, "field": options.field, "results": results}
-    write_result(out, options.run, "lm", content)
+    write_result(out, options.run, reader.device, "lm", content)
     print(f"\nout    {out}")
     return 0

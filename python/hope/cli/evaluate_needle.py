@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "haystack": None if options.haystack is None else str(options.haystack),
     }
-    write_result(out, options.run, "needle", {**asked, "results": results})
+    write_result(out, options.run, reader.device, "needle", {**asked, "results": results})
     print(f"\nout    {out}")
     return 0
 

@@ -7,7 +7,6 @@ goes on in the training that it was in, or with the first model that is not done
 
 import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import hope_ext
 from hope.checkpoint import has_checkpoint, load_model
 from hope.compare import comparable
 from hope.config import LearnConfig, RunConfig, from_dict, to_dict
@@ -25,10 +23,12 @@ from hope.continual.domains import DOMAINS, Domain, make_domain
 from hope.continual.learner import Learner
 from hope.continual.transfer import FIGURES, figures
 from hope.data import SEPARATOR, Corpus
+from hope.device import check_sizes
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.model import parameter_count
 from hope.plot import plot_matrices
+from hope.provenance import provenance
 from hope.train import Trainer, TrainResult, bits_per_byte, discard
 
 FILE, PICTURE = "continual.json", "continual.png"
@@ -98,6 +98,8 @@ class ContinualEvaluation:
             comparable(by_preset)
         self.curriculum, self.pupils, self.out, self.device = curriculum, pupils, out, device
         self.results: list[dict[str, Any]] = []
+        for pupil in pupils:
+            check_sizes(pupil.run.model, device)
         if resume:
             saved = _load(out)
             asked = json.loads(json.dumps(self._asked()))
@@ -173,10 +175,7 @@ class ContinualEvaluation:
     def _write(self) -> None:
         content = {
             **self._asked(),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "build": hope_ext.build_info(),
+            **provenance(self.device),
             "results": self.results,
             "table": table(self.results, self.curriculum.domains).splitlines(),
         }

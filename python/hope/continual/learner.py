@@ -155,6 +155,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What state_dict gave; KeyError, TypeError or ValueError for another model's."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.in_context, self.state = state["in_context"], None
         if state["state"] is not None:
@@ -163,6 +164,9 @@ class Learner:
                 token = torch.zeros(1, 1, dtype=torch.int64, device=device)
                 _, like = self.model(token, return_state=True)
             leaves = [x.to(device) if isinstance(x, Tensor) else x for x in state["state"]]
+            ranks, expected = ([_rank(x) for x in xs] for xs in (leaves, pytree.tree_leaves(like)))
+            if ranks != expected:  # (of attention's keys the sizes grow)
+                raise ValueError("what it carries is another model's")
             self.state = pytree.tree_unflatten(leaves, pytree.tree_structure(like))
 
 
@@ -180,6 +184,10 @@ def learned_weights(model: LanguageModel, method: str) -> list[list[nn.Parameter
     return [
         [w for block in model.blocks for w in block.cms.levels[i].mlp.parameters()] for i in paces
     ]
+
+
+def _rank(leaf: object) -> int | None:
+    return leaf.dim() if isinstance(leaf, Tensor) else None
 
 
 def _sum(weights: Sequence[Tensor], start: Sequence[Tensor], sign: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from hope.data import Corpus, MappedTokens, Tokens, load_corpus
 from hope.errors import HopeError
 from hope.files import atomic_directory, atomic_file
 from hope.plot import plot_loss
+from hope.provenance import provenance
 from hope.tokenizers import load_tokenizer
 from hope.train import bits_per_byte
 from hope.train.metrics import JsonLines
@@ -116,10 +117,10 @@ class LearnRun:
         if resume and state is None:
             raise HopeError(f"{out} is no run of hope learn: there is no learner's state in it")
         if resume:
-            self._resume(state)
+            self._resume(source, state)
         elif state is not None and not anew:
             check_goes_on(state, lesson.learn)
-            self.learner.load_state_dict(state["learner"])
+            self._load_learner(source, state)
 
     def _corpus(self, paths: tuple[str, ...], source: Path) -> Corpus:
         """A text in the model's own tokens."""
@@ -210,6 +211,7 @@ class LearnRun:
             content = {
                 "lesson": to_dict(self.lesson),
                 "texts": self.descriptions,
+                **provenance(self.learner.model.embedding.weight.device),
                 "preset": self.config.preset,
                 "parameters": sum(w.numel() for w in self.learner.model.parameters()),
                 "learned_parameters": sum(w.numel() for w in self.learner.parameters),
@@ -242,12 +244,19 @@ class LearnRun:
             shutil.rmtree(old)
         self._saved_at = self.step
 
-    def _resume(self, state: dict[str, Any]) -> None:
+    def _load_learner(self, source: Path, state: dict[str, Any]) -> None:
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            path = source / _LEARNER
+            raise HopeError(f"{path} is not the state of this model's learner: {error}") from error
+
+    def _resume(self, source: Path, state: dict[str, Any]) -> None:
         if state["text"] != self.corpus.fingerprint:
             raise HopeError(
                 f"the text is not what the run in {self.out} began with; it cannot be resumed"
             )
-        self.learner.load_state_dict(state["learner"])
+        self._load_learner(source, state)
         self.before = state["before"]
         for name in _COUNTS:
             setattr(self, name, state[name])
@@ -260,9 +269,13 @@ def learned_state(checkpoint: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise HopeError(f"cannot read the learner's state in {path}: {error}") from error
+    needed = {"text", "lesson", "learner", "before", *_COUNTS}
+    if not isinstance(state, dict) or set(state) != needed:
+        raise HopeError(f"{path} is not a learner's state")
+    return state
 
 
 def load_lesson(path: Path) -> Lesson | None:

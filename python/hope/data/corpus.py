@@ -4,6 +4,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +34,17 @@ class Corpus:
     tokenizer: Tokenizer = BYTES
     cut: bool = False
 
-    @property
+    @cached_property  # a run writes it into every checkpoint
     def fingerprint(self) -> str:
         """A hash of all tokens, which tells two corpora apart."""
         digest = hashlib.sha256()
         for tokens in (self.train, self.validation):
-            content = (
-                tokens.numpy().tobytes()
+            digest.update(len(tokens).to_bytes(8, "big"))
+            digest.update(
+                memoryview(tokens.contiguous().numpy())
                 if isinstance(tokens, Tensor)
                 else tokens.fingerprint.encode()
             )
-            digest.update(len(tokens).to_bytes(8, "big") + content)
         if self.tokenizer.fingerprint != BYTES.fingerprint:
             digest.update(self.tokenizer.fingerprint.encode())
         return digest.hexdigest()

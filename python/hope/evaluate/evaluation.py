@@ -6,7 +6,6 @@ that is done, its figures. One that was stopped goes on with the first model tha
 
 import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,18 +17,20 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-import hope_ext
 from hope.config import ModelConfig, RunConfig, from_dict, override, to_dict
+from hope.device import check_sizes
 from hope.errors import HopeError
 from hope.evaluate.aligned import aligned
 from hope.evaluate.task import IGNORED, Task
 from hope.files import atomic_file
 from hope.model import parameter_count
+from hope.provenance import provenance
 from hope.train import TrainingDiverged, autocast, learning_rate, make_optimizer
 
 FILE = "evaluate.json"
 # About 0.1 M parameters, so that a few thousand steps take minutes on a CPU.
-_SMALL = ("model.dim=64", "model.layers=2", "model.mixer.heads=2", "model.mixer.head_dim=32")
+_DIM = 64
+_SMALL = (f"model.dim={_DIM}", "model.layers=2", "model.mixer.heads=2", "model.mixer.head_dim=32")
 _BATCH = 32
 _EXAMPLES = 512  # that a model is judged by, for every setting
 _TOLERANCE = 0.03  # by which sizes may differ
@@ -52,6 +53,7 @@ def small(config: RunConfig, task: Task, steps: int, settings: Sequence[str] = (
         config,
         [
             *_SMALL,
+            *_cms_ratio(config.model),
             f"model.vocab_size={task.vocab_size}",
             f"train.batch={_BATCH}",
             f"train.sequence={task.longest}",
@@ -65,6 +67,14 @@ def small(config: RunConfig, task: Task, steps: int, settings: Sequence[str] = (
     return override(config, [f"train.tokens={steps * config.train.tokens_per_step}"])
 
 
+def _cms_ratio(model: ModelConfig) -> list[str]:
+    """The setting that makes the MLPs of a CMS multiples of 16 wide, which CUDA's kernels want."""
+    if model.cms is None:
+        return []
+    step = 16 * model.cms.mlps
+    return [f"model.mlp_ratio={step * max(1, round(_DIM * model.mlp_ratio / step)) / _DIM}"]
+
+
 def equal_sized(configs: Sequence[RunConfig]) -> list[RunConfig]:
     """The configs with MLPs such that every model has about as many parameters as the first.
 
@@ -75,18 +85,21 @@ def equal_sized(configs: Sequence[RunConfig]) -> list[RunConfig]:
 
 
 def _resized(model: ModelConfig, size: int, name: str) -> ModelConfig:
-    unit = 8  # the MLP's width is a multiple of it
+    # The width of all MLPs of a block is a multiple of 8. Those of a CMS are multiples of 16 each,
+    # for CUDA's kernels, if that is near enough.
+    count = len(model.mlp_dims)
     matrices = 3 if model.cms is None and model.mlp == "swiglu" else 2
-    each = matrices * model.dim * model.layers * unit
-    steps = round((size - parameter_count(model)) / each)
-    width = max(unit * len(model.mlp_dims), model.mlp_dim + unit * steps)
-    resized = replace(model, mlp_ratio=width / model.dim) if steps else model
-    if abs(parameter_count(resized) / size - 1) > _TOLERANCE:
-        raise HopeError(
-            f"a model of {name} for this task has {parameter_count(resized):,} parameters at "
-            f"least, and the first one has {size:,}; --set makes them smaller or larger"
-        )
-    return resized
+    for unit in (8,) if model.cms is None else (16 * count, 8):
+        each = matrices * model.dim * model.layers * unit
+        steps = round((size - parameter_count(model)) / each)
+        width = max(8 * count, model.mlp_dim + unit * steps)
+        resized = replace(model, mlp_ratio=width / model.dim) if steps else model
+        if abs(parameter_count(resized) / size - 1) <= _TOLERANCE:
+            return resized
+    raise HopeError(
+        f"a model of {name} for this task has {parameter_count(resized):,} parameters at "
+        f"least, and the first one has {size:,}; --set makes them smaller or larger"
+    )
 
 
 class Evaluation:
@@ -111,6 +124,8 @@ class Evaluation:
         if twice := [name for name in names if names.count(name) > 1]:
             raise HopeError(f"preset {twice[0]!r} is named twice; an evaluation's must differ")
         self.runs: list[dict[str, Any]] = []
+        for config in self.configs:
+            check_sizes(config.model, self.device)
         if resume:
             name, saved, self.runs = load_evaluation(out)
             if (name, saved) != (task.name, self.configs):
@@ -138,10 +153,7 @@ class Evaluation:
     def _write(self) -> None:
         content = {
             "task": self.task.name,
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "build": hope_ext.build_info(),
+            **provenance(self.device),
             "examples": _EXAMPLES,
             "configs": [to_dict(config) for config in self.configs],
             "runs": self.runs,
@@ -158,10 +170,11 @@ def load_evaluation(out: Path) -> tuple[str, list[RunConfig], list[dict[str, Any
         raise HopeError(f"there is no evaluation in {out}: {path} is missing")
     try:
         content = json.loads(path.read_text())
-        task, configs, runs = content["task"], content["configs"], content["runs"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        task, runs = content["task"], content["runs"]
+        configs = [from_dict(RunConfig, config) for config in content["configs"]]
+    except (HopeError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HopeError(f"cannot read {path}: {error}") from error
-    return task, [from_dict(RunConfig, config) for config in configs], runs
+    return task, configs, runs
 
 
 def _figures(task: Task, config: RunConfig, device: torch.device, progress: bool) -> dict[str, Any]:

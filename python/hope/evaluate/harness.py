@@ -259,7 +259,9 @@ def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
 def _load(manager: TaskManager, name: str) -> dict[str, Any]:
     try:
         return manager.load([name])
-    except OSError as error:  # what datasets raises for data that it can not find or reach
+    except (OSError, ValueError) as error:  # what datasets raises for data that it has not got
+        if isinstance(error, ValueError) and "find cache" not in str(error):
+            raise  # (a ValueError where only other parts of the data are in its cache)
         raise HopeError(
             f"the data of task {name!r} is not on this machine ({error}). Only what is in the "
             "cache of Hugging Face's datasets (HF_HOME) is read; --download fetches the rest"

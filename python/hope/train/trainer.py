@@ -27,6 +27,7 @@ from hope.checkpoint import (
 )
 from hope.config import RunConfig
 from hope.data import Batch, Corpus, training_sampler
+from hope.device import check_sizes
 from hope.errors import HopeError
 from hope.files import atomic_file
 from hope.generate import decode, generate
@@ -100,6 +101,7 @@ class Trainer:
                 way = "there is no checkpoint to continue from, so remove it"
             raise HopeError(f"{out} is not empty; {way}, or choose another --out")
         check_packages(config)
+        check_sizes(config.model, self.device)
         train = config.train
         self.ranks = join(config, self.device)
         self.ranks.wait()  # or one would find in `out` what another has begun to write
