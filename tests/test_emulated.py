@@ -114,7 +114,7 @@ MISTAKES = {
     ),
     "overrun": (
         "address",
-        r"(const Gates gates = load_gates[^;]*;)",
+        r"(const float lr = gates\.lr;)",
         r"\1 if (helper_ == 0) shared_.gates[2 * kRows] = float2{};  // overrun",
         ["AddressSanitizer: use-after-poison", "// overrun"],
     ),
