@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 from dataclasses import replace
@@ -28,6 +30,13 @@ def train(config: RunConfig, text: str, out: Path, resume: bool = False) -> int:
     result = trainer.run(progress=False)
     assert result.signal is None
     return trainer.step
+
+
+def stderr(config: RunConfig, text: str, out: Path) -> str:
+    """What a run that shows its progress prints here."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        trainer_of(config, text, out).run()
+    return printed.getvalue()
 
 
 def train_until_one_is_told_to_stop(config: RunConfig, text: str, out: Path, step: int) -> str:

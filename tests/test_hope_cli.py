@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from bad_input import commands
 from hope import AttentionConfig, generate, load_model, preset
 from hope.cli import main
 
@@ -54,7 +55,8 @@ def refused(capsys, arguments):
 
 def test_train_says_what_it_does_and_where_the_files_are(train, tmp_path, capsys):
     assert train() == 0
-    out = capsys.readouterr().out
+    out, bar = capsys.readouterr()
+    assert re.search(r"100%.* 192/192 \[.*, loss=\d\.\d+, validation=\d\.\d+\]", bar)
     assert re.search(r"model  hope-tiny: \d\.\d\d M parameters, on cpu", out)
     assert "text.txt (1 file): " in out
     assert "budget 3 steps of 64 bytes (192 in all)" in out
@@ -200,26 +202,18 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert run.returncode in (0, 128 + signal.SIGPIPE)  # 0: all fitted into the pipe in time
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["train"],
-        ["compare"],
-        ["generate"],
-        ["export"],
-        ["tokenizer"],
-        ["shards"],
-        ["info"],
-        ["memory"],
-    ],
-)
-def test_help(capsys, command):
+# Every command, and what only has commands below it: "evaluate", and "hope" itself.
+HELPFUL = {" ".join(words.split()[:n]) for words in commands() for n in range(4)}
+
+
+@pytest.mark.parametrize("command", sorted(HELPFUL))
+def test_help(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")  # what argparse breaks, it breaks for the terminal
     with pytest.raises(SystemExit) as exit_:
-        main([*command, "--help"])
+        main([*command.split(), "--help"])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert "usage: hope" in out
+    assert out.startswith(f"usage: hope {command}".rstrip())
     assert max(map(len, out.splitlines())) <= 100
 
 

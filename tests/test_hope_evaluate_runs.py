@@ -407,13 +407,3 @@ def test_a_mistake_is_one_line(run, here, capsys, arguments, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("hope: error: ")
     assert message in error
-
-
-@pytest.mark.parametrize("task", [[], ["lm"], ["needle"], ["harness"], ["recall"]])
-def test_help(capsys, task):
-    with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", *task, "--help"])
-    assert exit_.value.code == 0
-    out = capsys.readouterr().out
-    assert "usage: hope evaluate" in out
-    assert max(map(len, out.splitlines())) <= 100

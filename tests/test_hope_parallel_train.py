@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,14 @@ def test_a_signal_to_one_stops_all_and_the_rest_is_bitwise_the_same(world, tmp_p
     assert stopped == ["SIGTERM"] * 2
     assert world.run(parallel_runs.train, config, text, parts, True) == [steps] * 2
     assert_same_runs(parts, whole)
+
+
+@worlds(2)
+def test_the_first_rank_alone_shows_a_bar(world, tmp_path, text):
+    config = on(ParallelConfig(), tokens=2 * 4 * 32)
+    first, other = world.run(parallel_runs.stderr, config, text, tmp_path / "run")
+    assert re.search(r"100%.* 256/256 \[", first)
+    assert other == ""
 
 
 @worlds(2)

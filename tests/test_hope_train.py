@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -51,6 +52,23 @@ def test_the_loss_falls_and_every_file_is_there(tmp_path, corpus):
     assert load_config(result.files["checkpoint"]) == config
     model = load_model(tmp_path / "run")
     assert bits_per_byte(model, corpus.validation, config.train) == result.validation_bits_per_byte
+
+
+def test_a_bar_on_stderr_goes_on_where_the_run_does(tmp_path, corpus, capsys):
+    config = runs.training(tokens=4 * 4 * 32)
+    trainer = Trainer(config, corpus, tmp_path / "run")
+    runs.interrupt(trainer, 2, lambda: signal.raise_signal(signal.SIGINT))
+    trainer.run()
+    out, bar = capsys.readouterr()
+    shown = r", loss=\d\.\d{3}, validation=\d\.\d{3}\]\n"
+    assert re.search(r" 50%.* 256/512 \[" + f".*{shown}", bar)
+    assert out == ""
+    Trainer(config, corpus, tmp_path / "run", resume=True).run()
+    out, bar = capsys.readouterr()
+    assert re.match(r"\r *50%.* 256/512 \[", bar)
+    assert re.search(r"100%.* 512/512 \[" + f".*{shown}", bar)
+    Trainer(config, corpus, tmp_path / "silent").run(progress=False)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing(corpus):

@@ -6,10 +6,22 @@ from dataclasses import replace
 import pytest
 import runs
 import torch
-from hope import CmsConfig, HopeConfig, HopeError, LanguageModel, TrainConfig, Trainer, load_corpus
+import torch._inductor.config
+from hope import (
+    CmsConfig,
+    HopeConfig,
+    HopeError,
+    LanguageModel,
+    TrainConfig,
+    Trainer,
+    load_corpus,
+    preset,
+)
 from hope.config import override
 from hope.data import IGNORED, Batch
+from hope.layers import spectral
 from hope.train import learning_rate
+from torch._dynamo.utils import counters
 
 
 @pytest.fixture
@@ -185,6 +197,32 @@ def test_compiled_it_is_the_same(tmp_path, corpus, monkeypatch):
         trainer = Trainer(config, corpus, tmp_path / str(compiled))
         losses.append([trainer._train_step()["train_bits_per_byte"] for _ in range(2)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_inductor_gives_the_same(tmp_path, corpus, monkeypatch):
+    """What `train.compile` means, with nothing in its place, for a small HOPE model.
+
+    But PyTorch's kernels run: inductor's own are some twenty here, and a compiler needs a second or
+    two for each. tests/test_ops.py has those around every operator compiled.
+    """
+    # These are unrolled, and would be half of the graph.
+    monkeypatch.setattr(spectral, "_ITERATIONS", 1)
+    small = ["model.dim=16", "model.layers=1", "model.mixer.heads=2", "model.mixer.head_dim=8"]
+    small += ["train.batch=4", "train.sequence=32", "train.accumulate=2"]
+    settings = {"force_disable_caches": True, "compile_threads": 1}
+    if hasattr(torch._inductor.config, "fallback_by_default"):  # a torch without it takes longer
+        settings["fallback_by_default"] = True
+    torch._dynamo.reset()
+    counters.clear()
+    losses = []
+    for compiled in ("false", "true"):
+        config = override(preset("hope-tiny"), [*small, f"train.compile={compiled}"])
+        trainer = Trainer(config, corpus, tmp_path / compiled)
+        with torch._inductor.config.patch(settings):
+            losses.append([trainer._train_step()["train_bits_per_byte"] for _ in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1  # of both steps, whole
+    assert counters["inductor"]["extern_calls"] > 0
 
 
 # ---- schedules -----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
             "Trains models on the first of several kinds of text, lets them learn the others one\n"
             "after the other, each read once, and shows what every kind costs after each. Models\n"
             "with a continuum memory system learn by its levels, others by fine-tuning; a preset\n"
-            "with :METHOD says another way, with @RATE another rate. Without presets: "
+            "with :METHOD says another way, with @RATE another rate. Without presets:\n"
             + ", ".join(_EVALUATED)
             + "."
         ),

@@ -155,8 +155,14 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What state_dict gave; KeyError, TypeError or ValueError for another model's."""
+        """What state_dict gave. Another model's raises what comes first of KeyError, TypeError,
+        ValueError, AttributeError and RuntimeError."""
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, entries in self.optimizer.state.items():  # which torch does not look at
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != weight.shape:
+                    shapes = f"{[*value.shape]}, and its weight {[*weight.shape]}"
+                    raise ValueError(f"{name} has the shape {shapes}")
         self.in_context, self.state = state["in_context"], None
         if state["state"] is not None:
             device = self.model.embedding.weight.device
@@ -168,6 +174,8 @@ class Learner:
             if ranks != expected:  # (of attention's keys the sizes grow)
                 raise ValueError("what it carries is another model's")
             self.state = pytree.tree_unflatten(leaves, pytree.tree_structure(like))
+            with torch.no_grad(), autocast(device, self.run.train):  # if its sizes fit, it is read
+                self.model(token, self._moved(1), return_state=True)
 
 
 def learned_weights(model: LanguageModel, method: str) -> list[list[nn.Parameter]]:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hope.checkpoint import find_checkpoint, load_config, load_model, named_errors
+from hope.checkpoint import find_checkpoint, has_checkpoint, load_config, load_model, named_errors
 from hope.config import LearnConfig, from_dict, to_dict
 from hope.continual.learner import Learner
 from hope.data import Corpus, MappedTokens, Tokens, load_corpus
@@ -91,9 +91,10 @@ class LearnRun:
     ) -> None:
         self.lesson, self.out = lesson, out
         if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise HopeError(
-                f"{out} is not empty; continue that run with --resume, or choose another --out"
-            )
+            way = "continue that run with --resume"
+            if not has_checkpoint(out):
+                way = "there is no checkpoint to continue from, so remove it"
+            raise HopeError(f"{out} is not empty; {way}, or choose another --out")
         source = find_checkpoint(out if resume else Path(lesson.checkpoint))
         self.config = load_config(source)
         self.tokenizer = load_tokenizer(source)
@@ -247,7 +248,9 @@ class LearnRun:
     def _load_learner(self, source: Path, state: dict[str, Any]) -> None:
         try:
             self.learner.load_state_dict(state["learner"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             path = source / _LEARNER
             raise HopeError(f"{path} is not the state of this model's learner: {error}") from error
 
