@@ -28,6 +28,7 @@ def described(module: str) -> list[str]:
                 f"{module}.{name}.{method}{_signature(member)}"
                 for method, member in sorted(vars(value).items())
                 if not method.startswith("_")
+                and _is_its_own(value, member)
                 and (callable(member) or isinstance(member, _DESCRIPTORS))
             ]
         elif callable(value) and not isinstance(value, GenericAlias):  # of a type
@@ -35,6 +36,11 @@ def described(module: str) -> list[str]:
         else:
             lines.append(f"{module}.{name}: {type(value).__name__}")
     return lines
+
+
+def _is_its_own(class_: type, member: object) -> bool:
+    """torch wraps an optimizer's inherited step, when one is made, and puts it into its class."""
+    return not inspect.isfunction(member) or member.__qualname__.startswith(class_.__name__)
 
 
 _DESCRIPTORS = (classmethod, functools.cached_property, property, staticmethod)
